@@ -1,0 +1,1 @@
+"""jaxrl: reinforcement learning of language models on JAX."""

@@ -1,0 +1,86 @@
+"""The records that cross stages: Prompt -> Rollout -> packed rows on the device.
+
+The axis letters used everywhere:
+
+    P prompts of a step     G responses a prompt (the group)     B = P x G sequences
+    R packed rows           T tokens of a row                    S target slots of a row (tokens that are predicted)
+    M micro-batches         L layers                             V vocabulary
+    D hidden size           N query heads                        K key-value heads
+    H head size             F mlp size
+
+A *target* is a response token: slot s of row r says which token was produced (`target_ids`) and in which column of the
+row the hidden state sits that predicts it (`target_columns`). Logprobs, values, advantages and losses live on [R, S];
+between stages they are kept as [B, T_response] and moved by `to_slots` and `from_slots` of `packing.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, ready to be sampled from."""
+
+    token_ids: list[int]  # chat template applied
+    text: str  # the rendered prompt
+    data_source: str
+    ground_truth: Any
+    extra_info: dict[str, Any]
+    messages: list[dict[str, Any]] | None
+    index: int  # its row in the dataset
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response to one prompt, as the engine sampled it."""
+
+    group: int  # position of its prompt in the list that was sampled from
+    token_ids: np.ndarray  # int32 [T], the stop token included
+    logprobs: np.ndarray  # float32 [T], of the distribution that was sampled from
+    finished: bool  # False: cut at the length limit
+    weights_version: int
+    response_mask: np.ndarray = field(default=None)  # type: ignore[assignment]  # bool [T], False: tool or environment text
+
+    def __post_init__(self) -> None:
+        if self.response_mask is None:
+            object.__setattr__(self, "response_mask", np.ones(len(self.token_ids), bool))
+
+
+class PackedRows(NamedTuple):
+    """Sequences laid end to end in rows of one length. Leading axes may precede R (micro-batches).
+
+    A token sees the tokens at or before its own column whose segment is its own or its prefix. Where several responses
+    share one prompt, the prompt is a segment of its own and the prefix of each response; elsewhere prefix = segment.
+    """
+
+    tokens: Int[np.ndarray, "R T"]
+    positions: Int[np.ndarray, "R T"]  # of the token in its sequence, for rotary embeddings
+    segments: Int[np.ndarray, "R T"]  # 0 = padding
+    prefixes: Int[np.ndarray, "R T"]
+    target_ids: Int[np.ndarray, "R S"]
+    target_columns: Int[np.ndarray, "R S"]
+    target_mask: Bool[np.ndarray, "R S"]  # produced by the model, and trained on
+    target_sequences: Int[np.ndarray, "R S"]  # the sequence a slot belongs to; B where the slot is empty
+
+
+class PolicyTargets(NamedTuple):
+    """What the policy loss needs at each target."""
+
+    old_logprobs: Float[np.ndarray, "R S"]
+    advantages: Float[np.ndarray, "R S"]
+    ref_logprobs: Float[np.ndarray, "R S"]  # zeros where no reference is used
+    rollout_weights: Float[np.ndarray, "R S"]  # importance weights old/rollout; ones where not corrected
+    loss_weights: Float[np.ndarray, "R S"]  # what the aggregation mode gives a token: loss = sum(token_loss * loss_weights)
+
+
+class ValueTargets(NamedTuple):
+    """What the value loss needs at each target."""
+
+    old_values: Float[np.ndarray, "R S"]
+    returns: Float[np.ndarray, "R S"]
+    loss_weights: Float[np.ndarray, "R S"]
