@@ -51,7 +51,15 @@ class ModelConfig:
     compute_dtype: str = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["xla", "cudnn", "splash"] = "xla"
-    lora_scale: float = 1.0  # alpha / rank of the adapters in the "lora" collection, where there is one
+    lora_rank: int = 0  # 0: no adapters
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ()  # names of Dense layers: q_proj, up_proj ...
+    num_labels: int = 1  # outputs of a score head
+    score_bias: bool = False
+
+    @property
+    def lora_scale(self) -> float:
+        return self.lora_alpha / self.lora_rank
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **run: Any) -> ModelConfig:

@@ -1,0 +1,163 @@
+"""The pieces of a decoder layer: Dense, RMSNorm, rotary embedding, self-attention, MLP, and the layer itself.
+
+A layer does not know whether it trains or decodes. It is handed `attend`, a function from this layer's queries, keys
+and values to the attended values and whatever the caller wants back (nothing in training, the grown cache in decoding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .config import ModelConfig, Rope
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q [B T N H], k and v [B T K H] -> ([B T N H], extra)
+Cossin = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+
+INIT = nn.initializers.normal(0.02)
+
+
+def logical(init: Callable, axes: tuple[str | None, ...]) -> Callable:
+    """An initialiser whose weight carries the names of its axes (`parallel.py` says what they mean on a mesh)."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+class Dense(nn.Module):
+    """A product written as an einsum over `bt...`, with an optional bias and an optional low-rank adapter.
+
+    The adapter lives in the collection "lora" and is added where that collection is given:
+    y = x W + lora_scale * (x A) B, as in LoRA (arXiv:2106.09685).
+    """
+
+    config: ModelConfig
+    equation: str  # "btd,dnh->btnh"
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    use_bias: bool = False
+
+    def setup(self):
+        _, _, self.inputs, self.outputs = _split_equation(self.equation)
+        self.kernel = self.param("kernel", logical(INIT, self.axes), self.shape)
+        num_in = len(self.inputs)
+        if self.use_bias:
+            zeros = nn.initializers.zeros_init()
+            self.bias = self.param("bias", logical(zeros, self.axes[num_in:]), self.shape[num_in:])
+        rank = self.config.lora_rank
+        if self.is_initializing() and rank and self.name in self.config.lora_targets:
+            make_a = logical(nn.initializers.he_uniform(), (*self.axes[:num_in], None))
+            make_b = logical(nn.initializers.zeros_init(), (None, *self.axes[num_in:]))
+            self.variable("lora", "a", lambda: make_a(self.make_rng("params"), (*self.shape[:num_in], rank)))
+            self.variable("lora", "b", lambda: make_b(self.make_rng("params"), (rank, *self.shape[num_in:])))
+
+    def __call__(self, x: Array) -> Array:
+        dtype = x.dtype
+        y = jnp.einsum(self.equation, x, self.kernel.astype(dtype))
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a").astype(dtype), self.get_variable("lora", "b").astype(dtype)
+            low = jnp.einsum(f"bt{self.inputs},{self.inputs}r->btr", x, a)
+            y += self.config.lora_scale * jnp.einsum(f"btr,r{self.outputs}->bt{self.outputs}", low, b)
+        return y + self.bias.astype(dtype) if self.use_bias else y
+
+
+def _split_equation(equation: str) -> tuple[str, str, str, str]:
+    """'btd,dnh->btnh' -> ('btd', 'dnh', 'd', 'nh'): operands, then the kernel's input and output letters."""
+    x, rest = equation.split(",")
+    kernel, y = rest.split("->")
+    return x, kernel, x[2:], y[2:]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32 (arXiv:1910.07467)."""
+
+    size: int
+    eps: float
+
+    def setup(self):
+        self.scale = self.param("scale", logical(nn.initializers.ones_init(), (None,)), (self.size,))
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return self.scale.astype(x.dtype) * x32.astype(x.dtype)
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> Float[Array, "H/2"]:
+    """Inverse wavelengths of the rotary embedding, in radians a token, rescaled as the checkpoint asks."""
+    frequencies = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        # Short wavelengths stay, long ones are divided by `factor`, between them it is interpolated (Llama 3.1, rope).
+        turns = rope.original_max_position * frequencies / (2 * jnp.pi)
+        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = jnp.clip(blend, 0.0, 1.0)
+        return frequencies * (blend + (1 - blend) / rope.factor)
+    return frequencies
+
+
+def rope_cossin(rope: Rope, head_dim: int, positions: Int[Array, "B T"]) -> Cossin:
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T N H"], cossin: Cossin) -> Float[Array, "B T N H"]:
+    """Rotary embedding in the half-rotation layout of Hugging Face: feature i turns with feature i + H/2."""
+    cos, sin = (c[:, :, None, :].astype(x.dtype) for c in cossin)
+    left, right = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+class SelfAttention(nn.Module):
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        self.q_proj = Dense(c, "btd,dnh->btnh", (D, N, H), ("embed", "heads", "head_dim"), c.qkv_bias)
+        self.k_proj = Dense(c, "btd,dnh->btnh", (D, K, H), ("embed", "kv_heads", "head_dim"), c.qkv_bias)
+        self.v_proj = Dense(c, "btd,dnh->btnh", (D, K, H), ("embed", "kv_heads", "head_dim"), c.qkv_bias)
+        self.o_proj = Dense(c, "btnh,nhd->btd", (N, H, D), ("heads", "head_dim", "embed"), c.o_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(H, c.norm_eps), RMSNorm(H, c.norm_eps)
+
+    def __call__(self, x: Array, cossin: Cossin, attend: Attend) -> tuple[Array, Any]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        attended, extra = attend(rotate(q, cossin), rotate(k, cossin), v)
+        return self.o_proj(attended), extra
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        D, F = c.hidden_size, c.intermediate_size
+        self.gate_proj = Dense(c, "btd,df->btf", (D, F), ("embed", "mlp"), c.mlp_bias)
+        self.up_proj = Dense(c, "btd,df->btf", (D, F), ("embed", "mlp"), c.mlp_bias)
+        self.down_proj = Dense(c, "btf,fd->btd", (F, D), ("mlp", "embed"), c.mlp_bias)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.self_attn = SelfAttention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def __call__(self, x: Float[Array, "B T D"], cossin: Cossin, attend: Attend) -> tuple[Array, Any]:
+        attended, extra = self.self_attn(self.input_layernorm(x), cossin, attend)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), extra

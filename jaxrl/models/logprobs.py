@@ -1,0 +1,105 @@
+"""Logprobs and entropy of the targets from hidden states, a few slots at a time.
+
+The logits of a mini-batch in float32 are often larger than everything else together (16k targets x 152k words = 10 GB),
+so they exist only a chunk at a time, in the forward and in the backward pass. The number of chunks follows the slots
+that are in use, at run time: short responses cost little and compile nothing new.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+CHUNK_ROWS = 1024  # logits [about this many, V] live at once
+
+
+def target_logprobs(
+    hidden: Float[Array, "R T D"],
+    table: Float[Array, "V D"],
+    columns: Int[Array, "R S"],
+    ids: Int[Array, "R S"],
+    num_slots: Int[Array, ""],
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
+    """log p(id) under softmax(hidden[column] . table / temperature), and that softmax's entropy, in nats.
+
+    Slots at or beyond `num_slots` (the most that any row uses) are not computed and come back as 0.
+    """
+    R, S = ids.shape
+    chunk = chunk or max(8, min(S, CHUNK_ROWS // R))
+    padded = -(-S // chunk) * chunk
+    columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
+    table = nn.with_logical_constraint(table.astype(hidden.dtype), ("vocab", None))
+    logprobs, entropy = _chunked(hidden, table, columns, ids, num_slots, temperature, chunk)
+    return logprobs[:, :S], entropy[:, :S]
+
+
+def _slice(x: Array, i: Array, chunk: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
+
+
+def _put(x: Array, value: Array, i: Array, chunk: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, value, i * chunk, axis=1)
+
+
+def _take(hidden: Float[Array, "R T D"], columns: Int[Array, "R C"]) -> Float[Array, "R C D"]:
+    return jnp.take_along_axis(hidden, columns[..., None], axis=1)
+
+
+def _logits(hidden: Float[Array, "R C D"], table: Float[Array, "V D"], temperature: float) -> Float[Array, "R C V"]:
+    logits = jnp.einsum("rcd,vd->rcv", hidden, table, preferred_element_type=jnp.float32)
+    return nn.with_logical_constraint(logits, ("rows", None, "vocab")) / temperature
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _chunked(hidden, table, columns, ids, num_slots, temperature, chunk):
+    return _forward(hidden, table, columns, ids, num_slots, temperature, chunk)[0]
+
+
+def _forward(hidden, table, columns, ids, num_slots, temperature, chunk):
+    def body(i, out):
+        logits = _logits(_take(hidden, _slice(columns, i, chunk)), table, temperature)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
+        # A sum over the word axis rather than a gather: on a mesh that axis is split over `tensor`.
+        chosen = jnp.arange(table.shape[0]) == _slice(ids, i, chunk)[..., None]
+        logprob = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - lse
+        return tuple(_put(x, y, i, chunk) for x, y in zip(out, (logprob, entropy, lse), strict=True))
+
+    zeros = jnp.zeros(ids.shape, jnp.float32)
+    num_chunks = -(-num_slots // chunk)
+    logprobs, entropy, lse = jax.lax.fori_loop(0, num_chunks, body, (zeros, zeros, zeros))
+    return (logprobs, entropy), (hidden, table, columns, ids, num_slots, entropy, lse)
+
+
+def _backward(temperature, chunk, saved, grads):
+    hidden, table, columns, ids, num_slots, entropy, lse = saved
+    grad_logprobs, grad_entropy = grads
+    rows = jnp.arange(hidden.shape[0])[:, None]
+
+    def body(i, carry):
+        d_hidden, d_table = carry
+        column = _slice(columns, i, chunk)
+        h = _take(hidden, column)
+        log_p = _logits(h, table, temperature) - _slice(lse, i, chunk)[..., None]
+        g_logprob, g_entropy = (_slice(g, i, chunk)[..., None] for g in (grad_logprobs, grad_entropy))
+        # d logprob / d logits = [chosen] - p;   d entropy / d logits = -p (log p + entropy)
+        d_logits = -jnp.exp(log_p) * (g_logprob + g_entropy * (log_p + _slice(entropy, i, chunk)[..., None]))
+        chosen = jnp.arange(table.shape[0]) == _slice(ids, i, chunk)[..., None]
+        d_logits = (jnp.where(chosen, d_logits + g_logprob, d_logits) / temperature).astype(table.dtype)
+        d_h = jnp.einsum("rcv,vd->rcd", d_logits, table, preferred_element_type=jnp.float32)
+        d_table += jnp.einsum("rcv,rcd->vd", d_logits, h, preferred_element_type=jnp.float32)
+        return d_hidden.at[rows, column].add(d_h), d_table
+
+    start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
+    d_hidden, d_table = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
+    return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), None, None, None
+
+
+_chunked.defvjp(_forward, _backward)

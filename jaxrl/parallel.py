@@ -1,0 +1,121 @@
+"""The device mesh, and what the words on weights and activations mean on it.
+
+Three axes: `data` (replicas of the model, the axis that may cross slow links), `fsdp` (parameters and batch are split
+along it), `tensor` (heads, mlp and vocabulary are split along it). Rows of a batch are split over `data` and `fsdp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Tree = Any
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a weight or activation -> mesh axes. A logical axis that is not here is replicated.
+RULES: dict[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data` x `fsdp` x `tensor` devices; one of the three may be -1: whatever is left."""
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [data, fsdp, tensor]
+    if shape.count(-1) > 1:
+        raise ValueError(f"mesh {data}x{fsdp}x{tensor}: only one axis may be -1")
+    if -1 in shape:
+        known = int(np.prod([n for n in shape if n != -1]))
+        if len(devices) % known:
+            raise ValueError(f"mesh {data}x{fsdp}x{tensor}: {known} does not divide the {len(devices)} devices")
+        shape[shape.index(-1)] = len(devices) // known
+    wanted = int(np.prod(shape))
+    if wanted > len(devices):
+        raise ValueError(
+            f"mesh {shape[0]}x{shape[1]}x{shape[2]} needs {wanted} devices and there are {len(devices)}: "
+            "set mesh.data, mesh.fsdp and mesh.tensor to a product of at most that"
+        )
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
+
+
+@contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Within it, the axis words in `models/` mean this mesh."""
+    with mesh, nn.logical_axis_rules(list(RULES.items())):
+        yield
+
+
+def partition(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """The split of one array; a dimension that its mesh axes do not divide is replicated (here and nowhere else)."""
+    spec = []
+    for name, size in zip(axes, shape, strict=True):
+        names = RULES.get(name, ()) if name else ()
+        ways = int(np.prod([mesh.shape[n] for n in names]))
+        spec.append(names if names and size % ways == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def shardings(mesh: Mesh, abstract: Tree, axes: Tree) -> Tree:
+    """NamedSharding of every array of a tree, from its shape and the names of its axes."""
+
+    def one(leaf: jax.ShapeDtypeStruct, names: PartitionSpec) -> NamedSharding:
+        names = tuple(names) + (None,) * (leaf.ndim - len(names))
+        return NamedSharding(mesh, partition(mesh, names, leaf.shape))
+
+    return jax.tree.map(one, abstract, axes)
+
+
+def with_shardings(mesh: Mesh, abstract: Tree, axes: Tree) -> Tree:
+    """The same shapes, each knowing where it will live: what loaders fill."""
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings(mesh, abstract, axes)
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """For arrays whose dimension `axis` is packed rows or sequences."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["rows"]))
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """How many ways rows are split: a batch has a multiple of this many."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def put_rows(mesh: Mesh, tree: Tree, axis: int = 0) -> Tree:
+    """Host arrays, the same on every process, to the devices, split by rows."""
+    sharding = rows_sharding(mesh, axis)
+
+    def one(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+def put_replicated(mesh: Mesh, tree: Tree) -> Tree:
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda i: np.asarray(x)[i]), tree)
+
+
+def fetch(tree: Tree) -> Tree:
+    """Device arrays to host numpy arrays, whole, on every process."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+    return jax.device_get(tree)
