@@ -1,0 +1,186 @@
+"""Sequences into packed rows, and per-token numbers back and forth between [B, T_response] and the slots [.., R, S].
+
+Where several responses answer one prompt, the prompt is laid down once and each response sees it as its prefix
+(`batch.PackedRows`): the model's work on a group of G is prompt + G responses instead of G x (prompt + response), with
+the same hidden states and the same gradient to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from .batch import PackedRows, Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of a step on the host: prompts, and B responses padded to [B, T] on the right."""
+
+    prompts: list[list[int]]  # token ids of the P prompts
+    group: Int[np.ndarray, "B"]  # the prompt of each response
+    tokens: Int[np.ndarray, "B T"]
+    present: Bool[np.ndarray, "B T"]  # there is a token
+    mask: Bool[np.ndarray, "B T"]  # the model produced it (tool text is present but not masked in)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "B"]:
+        return self.present.sum(axis=1)
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], max_response_length: int) -> Sequences:
+        shape = (len(rollouts), max_response_length)
+        tokens, present, mask = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape, bool)
+        for b, rollout in enumerate(rollouts):
+            length = len(rollout.token_ids)
+            tokens[b, :length] = rollout.token_ids
+            present[b, :length] = True
+            mask[b, :length] = rollout.response_mask
+        group = np.array([rollout.group for rollout in rollouts], np.int32)
+        return cls([prompt.token_ids for prompt in prompts], group, tokens, present, mask)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows in micro-batches, and where each response token went."""
+
+    rows: PackedRows  # every array [M, R, ...]
+    num_micro_batches: int  # in use; the rest of M is padding that is never computed
+    num_slots: Int[np.ndarray, "M"]  # the most slots that any row of a micro-batch uses
+    slot: Int[np.ndarray, "B T"]  # flat index into [M, R, S]; -1 where there is no token or the sequence is not in it
+
+    def to_slots(self, values: np.ndarray) -> np.ndarray:
+        """[B, T] -> [M, R, S], zero in empty slots."""
+        out = np.zeros(self.rows.target_ids.shape, values.dtype)
+        used = self.slot >= 0
+        out.reshape(-1)[self.slot[used]] = values[used]
+        return out
+
+    def from_slots(self, values: np.ndarray) -> np.ndarray:
+        """[M, R, S] -> [B, T], zero where this layout holds no token."""
+        used = self.slot >= 0
+        out = np.zeros(self.slot.shape, values.dtype)
+        out[used] = values.reshape(-1)[self.slot[used]]
+        return out
+
+
+@dataclass
+class _Row:
+    used: int = 0  # tokens
+    units: list[tuple[int, list[int]]] | None = None  # (prompt, its responses here)
+
+
+def pack(
+    sequences: Sequences,
+    chosen: Sequence[int],
+    *,
+    row_length: int,
+    rows_per_micro_batch: int,
+    max_micro_batches: int,
+    share_prompt: bool = True,
+) -> Layout:
+    """Lay the `chosen` sequences into rows of `row_length` tokens, and the rows into micro-batches.
+
+    Longest first into the fullest row that has room (best fit): within a few percent of the fewest rows. Rows are then
+    dealt to micro-batches so that the full ones are used up before the padded ones. Deterministic.
+    """
+    units = _units(sequences, chosen, row_length, share_prompt)
+    rows: list[_Row] = []
+    for length, prompt, responses in sorted(units, key=lambda unit: -unit[0]):
+        room = [row for row in rows if row.used + length <= row_length]
+        row = max(room, key=lambda row: row.used, default=None)
+        if row is None:
+            row = _Row(units=[])
+            rows.append(row)
+        row.used += length
+        row.units.append((prompt, responses))
+    num = -(-len(rows) // rows_per_micro_batch)
+    if num > max_micro_batches:
+        raise ValueError(
+            f"{len(rows)} packed rows of {row_length} tokens need {num} micro-batches of {rows_per_micro_batch} rows, "
+            f"and the program was compiled for at most {max_micro_batches}"
+        )
+    # Rows dealt round, so that every micro-batch gets its share of the well-filled ones.
+    order = [row for m in range(num) for row in rows[m::num]]
+    places, start = [], 0
+    for m in range(num):
+        size = len(rows[m::num])
+        places += [(m, r) for r in range(size)]
+        start += size
+    return _fill(sequences, list(zip(places, order, strict=True)), row_length, rows_per_micro_batch, max_micro_batches, num)
+
+
+def max_micro_batches(num_sequences: int, longest_unit: int, row_length: int, rows_per_micro_batch: int) -> int:
+    """Micro-batches that any `num_sequences` sequences fit in.
+
+    Best fit leaves no two rows that could be one, so rows are on average more than half full.
+    """
+    per_row = max(1, row_length // longest_unit)
+    return -(-num_sequences // (per_row * rows_per_micro_batch))
+
+
+def _units(sequences: Sequences, chosen: Sequence[int], row_length: int, share: bool) -> list[tuple[int, int, list[int]]]:
+    """What must lie together: (tokens, prompt, responses). A group that outgrows a row is cut, its prompt repeated."""
+    lengths, units = sequences.lengths, []
+    groups: dict[int, list[int]] = {}
+    for b in chosen:
+        groups.setdefault(int(sequences.group[b]), []).append(int(b))
+    for prompt, members in groups.items():
+        start = len(sequences.prompts[prompt])
+        current, used = [], start
+        for b in members:
+            if start + lengths[b] > row_length:
+                raise ValueError(
+                    f"a sequence of {start} prompt and {lengths[b]} response tokens does not fit into a packed row of "
+                    f"{row_length} tokens: raise trainer.row_length"
+                )
+            if current and (not share or used + lengths[b] > row_length):
+                units.append((used, prompt, current))
+                current, used = [], start
+            current.append(b)
+            used += int(lengths[b])
+        units.append((used, prompt, current))
+    return units
+
+
+def _fill(sequences: Sequences, placed, row_length: int, num_rows: int, num_micro: int, used_micro: int) -> Layout:
+    B, T_response = sequences.tokens.shape
+    shape = (num_micro, num_rows, row_length)
+    tokens, positions, segments, prefixes = (np.zeros(shape, np.int32) for _ in range(4))
+    ids, columns = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    mask, owner = np.zeros(shape, bool), np.full(shape, B, np.int32)
+    slot = np.full((B, T_response), -1, np.int64)
+    num_slots = np.zeros(num_micro, np.int32)
+    for (m, r), row in placed:
+        column = next_slot = segment = 0
+        for prompt, responses in row.units:
+            prompt_ids = sequences.prompts[prompt]
+            shared = len(responses) > 1
+            segment += 1
+            prompt_segment, last = segment, column + len(prompt_ids) - 1
+            here = slice(column, column + len(prompt_ids))
+            tokens[m, r, here] = prompt_ids
+            positions[m, r, here] = np.arange(len(prompt_ids))
+            segments[m, r, here] = prefixes[m, r, here] = prompt_segment
+            column = here.stop
+            for b in responses:
+                length = int(sequences.present[b].sum())
+                response = sequences.tokens[b, :length]
+                segment += shared
+                here, slots = slice(column, column + length), slice(next_slot, next_slot + length)
+                tokens[m, r, here] = response
+                positions[m, r, here] = len(prompt_ids) + np.arange(length)
+                segments[m, r, here], prefixes[m, r, here] = segment, prompt_segment
+                ids[m, r, slots] = response
+                # The first token is predicted by the prompt's last hidden state, the others by the token before them.
+                columns[m, r, slots] = np.concatenate([[last], np.arange(column, column + length - 1)])[:length]
+                mask[m, r, slots] = sequences.mask[b, :length]
+                owner[m, r, slots] = b
+                slot[b, :length] = (m * num_rows + r) * row_length + np.arange(next_slot, next_slot + length)
+                column, next_slot = here.stop, slots.stop
+        num_slots[m] = max(num_slots[m], next_slot)
+    packed = PackedRows(tokens, positions, segments, prefixes, ids, columns, mask, owner)
+    return Layout(packed, used_micro, num_slots, slot)
