@@ -1,0 +1,1 @@
+"""The border to Hugging Face names: checkpoints in, complete Hugging Face folders out."""

@@ -1,0 +1,111 @@
+"""A Hugging Face folder on disk: its `config.json`, its companion files, and how a new one comes into being whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# What stands beside the weights and is carried over unchanged by an export.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "generation_config.json",
+)
+
+
+def load_hf_config(folder: str | Path) -> dict[str, Any]:
+    """The `config.json` of a folder, as it stands there."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json: name a Hugging Face folder or a .gguf file")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__} where an object is expected")
+    return config
+
+
+def both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """`config` as transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) read it."""
+    config = {**config, "dtype": dtype, "torch_dtype": dtype}
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        scaling = dict(config.get("rope_scaling") or {})
+        kind = scaling.pop("type", "default")
+        parameters = {"rope_type": kind, **scaling}
+        if config.get("rope_theta") is not None:
+            parameters["rope_theta"] = config["rope_theta"]
+    elif any(isinstance(value, Mapping) for value in parameters.values()):
+        return config  # one set per layer type: transformers 4 has no spelling for it
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    config["rope_parameters"] = parameters
+    config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    if "rope_theta" in parameters:
+        config["rope_theta"] = parameters["rope_theta"]
+    return config
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, chat template and generation settings."""
+    for name in COMPANIONS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def refuse_existing(folder: Path) -> None:
+    """An error where something is in the way; an empty folder is not."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: name another folder or ask for overwrite=True")
+
+
+@contextmanager
+def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill that takes its name, `folder`, when all of it is there; on an error nothing is left.
+
+    With `overwrite`, what stood there before survives until the new folder is complete.
+    """
+    folder = Path(folder)
+    if not overwrite:
+        refuse_existing(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        if overwrite and folder.exists():
+            old = partial.with_suffix(".old")
+            folder.rename(old)
+            try:
+                partial.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
+            shutil.rmtree(old)
+        else:
+            refuse_existing(folder)  # another process may have finished first
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

