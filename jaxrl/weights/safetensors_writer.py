@@ -31,6 +31,13 @@ DTYPES: dict[str, np.dtype] = {  # how safetensors spells what a checkpoint may 
 _SPELLINGS = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def dtype_named(name: str) -> np.dtype:
+    """The dtype that weights can be written in under the name that config.json has for it."""
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype {name!r} is not one that weights are written in (float32, float16, bfloat16)")
+    return np.dtype(name)
+
+
 class TensorSpec(NamedTuple):
     """A tensor that will be written."""
 

