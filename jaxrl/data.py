@@ -10,9 +10,11 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
+from jinja2 import TemplateError
 
 from jaxrl.batch import Prompt
 from jaxrl.sources import Rows, load_rows
@@ -106,27 +108,23 @@ class PromptDataset(Sequence[Prompt]):
     def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._prompt(int(self.indices[index]))
+        prompt = self._read(int(self.indices[index]))
+        token_ids = self._tokenize([prompt.text])[0]
+        if len(token_ids) <= self.max_prompt_length:
+            return replace(prompt, token_ids=token_ids)
+        token_ids = truncate(token_ids, self.max_prompt_length, self.truncation)
+        return replace(prompt, token_ids=token_ids, text=str(self.tokenizer.decode(token_ids)))
 
-    def _prompt(self, row_index: int) -> Prompt:
+    def _read(self, row_index: int) -> Prompt:
+        """The prompt of a row, not tokenised yet."""
         row = self.rows[row_index]
         messages, text = self._render(row, row_index)
-        token_ids = self._tokenize([text])[0]
-        if len(token_ids) > self.max_prompt_length:
-            token_ids = truncate(token_ids, self.max_prompt_length, self.truncation)
-            text = str(self.tokenizer.decode(token_ids))
-        used = {self.prompt_key.partition(".")[0], (self.ground_truth_key or "reward_model").partition(".")[0]}
-        extra_info = row.get("extra_info")
-        if extra_info is None:
-            extra_info = {key: value for key, value in row.items() if key not in used | {"data_source", "extra_info"}}
-        if not isinstance(extra_info, Mapping):
-            raise ValueError(f"row {row_index} of {self.name}: extra_info is {extra_info!r}, but it must be a dict")
         return Prompt(
-            token_ids=token_ids,
+            token_ids=[],
             text=text,
-            data_source=row.get("data_source") or self.data_source,
+            data_source=str(row.get("data_source") or self.data_source),
             ground_truth=self._ground_truth(row, row_index),
-            extra_info=dict(extra_info),
+            extra_info=self._extra_info(row, row_index),
             messages=messages,
             index=row_index,
         )
@@ -138,17 +136,11 @@ class PromptDataset(Sequence[Prompt]):
         digests: list[bytes] = []
         num_without_truth = 0
         for start in range(0, num_rows, CHUNK):
-            texts = []
-            for row_index in range(start, min(start + CHUNK, num_rows)):
-                row = self.rows[row_index]
-                messages, text = self._render(row, row_index)
-                ground_truth = self._ground_truth(row, row_index)
-                num_without_truth += ground_truth is None
-                texts.append(text)
-                # The messages and not the rendered text, for some templates put today's date into it.
-                said = json.dumps([messages or text, row.get("data_source"), ground_truth], default=str, sort_keys=True)
-                digests.append(hashlib.sha256(said.encode()).digest())
-            lengths[start : start + len(texts)] = [len(token_ids) for token_ids in self._tokenize(texts)]
+            prompts = [self._read(row_index) for row_index in range(start, min(start + CHUNK, num_rows))]
+            token_ids = self._tokenize([prompt.text for prompt in prompts])
+            lengths[start : start + CHUNK] = [len(ids) for ids in token_ids]
+            digests += [_digest(prompt) for prompt in prompts]
+            num_without_truth += sum(prompt.ground_truth is None for prompt in prompts)
         if not lengths.all():
             raise ValueError(f"row {int(lengths.argmin())} of {self.name} has an empty prompt: leave the row out")
         if num_without_truth:
@@ -211,7 +203,14 @@ class PromptDataset(Sequence[Prompt]):
             )
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.apply_chat_template_kwargs)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.apply_chat_template_kwargs)
+        except TemplateError as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise ValueError(
+                f"row {row_index} of {self.name}: the tokenizer's chat template refuses messages of the roles {roles}: "
+                f"{error}"
+            ) from error
         assert isinstance(text, str)
         return messages, text
 
@@ -231,6 +230,18 @@ class PromptDataset(Sequence[Prompt]):
                 f"row {row_index} of {self.name} has no value in {self.ground_truth_key}: leave the row out"
             )
         return value
+
+    def _extra_info(self, row: Mapping[str, Any], row_index: int) -> dict[str, Any]:
+        extra_info = row.get("extra_info")
+        if extra_info is None:
+            keys = (self.prompt_key, self.ground_truth_key or "reward_model", "data_source", "extra_info")
+            used = {key if key in row else key.partition(".")[0] for key in keys}
+            return {key: value for key, value in row.items() if key not in used}
+        if not isinstance(extra_info, Mapping):
+            raise ValueError(
+                f"row {row_index} of {self.name}: extra_info is {_shorten(extra_info)}, but it must be a dict"
+            )
+        return dict(extra_info)
 
     def _missing_column(self, config_key: str, column: str, row: Mapping[str, Any], row_index: int) -> ValueError:
         return ValueError(
@@ -340,6 +351,12 @@ def _use_chat(chat: str | bool, tokenizer: PreTrainedTokenizerBase) -> bool:
     if choice == "true" and tokenizer.chat_template is None:
         raise ValueError("data.chat is true, but the tokenizer has no chat template: use auto or a chat model")
     return choice != "false" and tokenizer.chat_template is not None
+
+
+def _digest(prompt: Prompt) -> bytes:
+    """A hash of what a prompt says and of its answer; not of the rendered text, as some templates write today's date."""
+    said = [prompt.messages or prompt.text, prompt.data_source, prompt.ground_truth]
+    return hashlib.sha256(json.dumps(said, default=str, sort_keys=True).encode()).digest()
 
 
 def _lookup(row: Mapping[str, Any], key: str) -> Any:

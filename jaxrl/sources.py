@@ -240,7 +240,7 @@ def _read_parquet(files: Sequence[Path]) -> Rows:
 
     try:
         return cast(Rows, datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train"))
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:  # pyarrow's own are ValueErrors
         reason = error.__cause__ or error
         raise ValueError(f"{', '.join(map(str, files))} could not be read as parquet: {reason}") from error
 
