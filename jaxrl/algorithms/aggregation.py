@@ -18,22 +18,22 @@ from jaxrl.algorithms.masked import COUNT_EPSILON, Scalar, count_sequences, sequ
 
 
 def aggregation_weights(
-    mask: Bool[Array, "R T"],
+    mask: Bool[Array, "R S"],
     mode: str | Callable,
     *,
     num_tokens: Scalar,
     num_sequences: Scalar,
-    segment_ids: Int[Array, "R T"] | None = None,
+    sequence_ids: Int[Array, "R S"] | None = None,
     loss_scale_factor: Scalar | None = None,
-) -> Float[Array, "R T"]:
+) -> Float[Array, "R S"]:
     """The weight of every token in the loss (verl's `loss_agg_mode`); zero where the mask is false.
 
     Args:
-        mask: trained tokens of this micro-batch, padded [B, T] or packed [R, T].
+        mask: trained tokens of this micro-batch, padded [B, T] or packed slots [R, S].
         mode: a key of `AGGREGATIONS` or a function with the signature of its entries.
         num_tokens: trained tokens in the whole mini-batch, all micro-batches and devices together.
         num_sequences: sequences with a trained token in the whole mini-batch.
-        segment_ids: which tokens of a packed row belong together; None when each row is one sequence.
+        sequence_ids: which sequence a packed slot belongs to; None when each row is one sequence.
         loss_scale_factor: divisor of "seq-mean-token-sum-norm"; a constant such as the longest allowed response.
 
     Raises:
@@ -41,7 +41,7 @@ def aggregation_weights(
     """
     weigh = bind(
         choose(AGGREGATIONS, mode, "loss aggregation"),
-        lengths=sequence_lengths(mask, segment_ids),
+        lengths=sequence_lengths(mask, sequence_ids),
         # A mini-batch without one trained token has the loss zero, not NaN.
         num_tokens=jnp.maximum(num_tokens, 1),
         num_sequences=jnp.maximum(num_sequences, 1),
@@ -51,11 +51,11 @@ def aggregation_weights(
 
 
 def aggregate_loss(
-    token_loss: Float[Array, "R T"],
-    mask: Bool[Array, "R T"],
+    token_loss: Float[Array, "R S"],
+    mask: Bool[Array, "R S"],
     mode: str | Callable,
     *,
-    segment_ids: Int[Array, "R T"] | None = None,
+    sequence_ids: Int[Array, "R S"] | None = None,
     loss_scale_factor: Scalar | None = None,
 ) -> Float[Array, ""]:
     """The loss of a whole batch that is at hand at once, divided by its own counts.
@@ -66,38 +66,38 @@ def aggregate_loss(
         mask,
         mode,
         num_tokens=jnp.sum(mask),
-        num_sequences=count_sequences(mask, segment_ids),
-        segment_ids=segment_ids,
+        num_sequences=count_sequences(mask, sequence_ids),
+        sequence_ids=sequence_ids,
         loss_scale_factor=mask.shape[1] if loss_scale_factor is None else loss_scale_factor,
     )
     return jnp.sum(jnp.where(mask, token_loss, 0.0) * weights)
 
 
-def token_mean(mask: Bool[Array, "R T"], *, num_tokens: Scalar) -> Float[Array, "R T"]:
+def token_mean(mask: Bool[Array, "R S"], *, num_tokens: Scalar) -> Float[Array, "R S"]:
     """Every token counts the same (DAPO, arXiv:2503.14476): 1 / N."""
     return mask / num_tokens
 
 
-def token_sum(mask: Bool[Array, "R T"]) -> Float[Array, "R T"]:
+def token_sum(mask: Bool[Array, "R S"]) -> Float[Array, "R S"]:
     """The bare sum over tokens: 1."""
     return mask.astype(float)
 
 
-def seq_mean_token_sum(mask: Bool[Array, "R T"], *, num_sequences: Scalar) -> Float[Array, "R T"]:
+def seq_mean_token_sum(mask: Bool[Array, "R S"], *, num_sequences: Scalar) -> Float[Array, "R S"]:
     """Token losses are summed in a sequence, sequences are averaged: 1 / B."""
     return mask / num_sequences
 
 
 def seq_mean_token_sum_norm(
-    mask: Bool[Array, "R T"], *, num_sequences: Scalar, loss_scale_factor: Scalar
-) -> Float[Array, "R T"]:
+    mask: Bool[Array, "R S"], *, num_sequences: Scalar, loss_scale_factor: Scalar
+) -> Float[Array, "R S"]:
     """As `seq_mean_token_sum`, divided by a constant length (Dr. GRPO, arXiv:2503.20783): 1 / (B * L)."""
     return mask / num_sequences / loss_scale_factor
 
 
 def seq_mean_token_mean(
-    mask: Bool[Array, "R T"], *, lengths: Float[Array, "R T"], num_sequences: Scalar
-) -> Float[Array, "R T"]:
+    mask: Bool[Array, "R S"], *, lengths: Float[Array, "R S"], num_sequences: Scalar
+) -> Float[Array, "R S"]:
     """Every sequence counts the same (GRPO, arXiv:2402.03300): 1 / (B * |y_i|)."""
     return mask / (lengths + COUNT_EPSILON) / num_sequences
 

@@ -3,12 +3,12 @@
 The contract, which makes micro-batches, packing and the mesh invisible in the result:
 
     token_loss, sums = loss(logprobs, old_logprobs, advantages, mask, **those it names of: clip_low, clip_high, clip_c,
-                            tau_pos, tau_neg, dro_beta, rollout_weights, segment_ids)     called through `choose.bind`
+                            tau_pos, tau_neg, dro_beta, rollout_weights, sequence_ids)     called through `choose.bind`
     loss    = sum over micro-batches of sum(token_loss * aggregation_weights(mask, mode, ...))
     metrics = sum over micro-batches of sums[name], divided by the number of trained tokens in the mini-batch
 
-- Arrays are token-shaped and aligned, padded [B, T] or packed [R, T]; a loss over whole sequences also takes
-  `segment_ids` (see `masked.sequence_sum`). No other loss looks beyond its own token.
+- Arrays are aligned and of one shape, padded [B, T] or packed slots [R, S]; a loss over whole sequences also takes
+  `sequence_ids` (see `masked.sequence_sum`). No other loss looks beyond its own token.
 - `token_loss` has the same shape, at least float32, and is zero, with zero gradient, where the mask is false.
 - `sums` holds verl's metrics by name (the caller puts "actor/" or "critic/" before it) as sums over trained tokens,
   carrying no gradient. No loss divides by a count of its own micro-batch.
@@ -72,16 +72,16 @@ def vanilla(
 
 
 def gspo(
-    logprobs: Float[Array, "R T"],
-    old_logprobs: Float[Array, "R T"],
-    advantages: Float[Array, "R T"],
-    mask: Bool[Array, "R T"],
+    logprobs: Float[Array, "R S"],
+    old_logprobs: Float[Array, "R S"],
+    advantages: Float[Array, "R S"],
+    mask: Bool[Array, "R S"],
     *,
     clip_low: Scalar = 0.2,
     clip_high: Scalar = 0.2,
-    rollout_weights: Float[Array, "R T"] | None = None,
-    segment_ids: Int[Array, "R T"] | None = None,
-) -> tuple[Float[Array, "R T"], Sums]:
+    rollout_weights: Float[Array, "R S"] | None = None,
+    sequence_ids: Int[Array, "R S"] | None = None,
+) -> tuple[Float[Array, "R S"], Sums]:
     """Group sequence policy optimisation, token form (GSPO, arXiv:2507.18071, section 4.3).
 
         s_t = stop(exp(mean of d over the sequence)) * p_t / stop(p_t),   log s_t at most 10
@@ -90,8 +90,8 @@ def gspo(
     d is not limited here. The paper's clips are much smaller than PPO's (3e-4, 4e-4).
     """
     d = _log_ratio(logprobs, old_logprobs, mask, limit=None)
-    lengths = jnp.maximum(sequence_lengths(mask, segment_ids), 1.0)
-    sequence_d = sequence_sum(jax.lax.stop_gradient(d), mask, segment_ids) / lengths
+    lengths = jnp.maximum(sequence_lengths(mask, sequence_ids), 1.0)
+    sequence_d = sequence_sum(jax.lax.stop_gradient(d), mask, sequence_ids) / lengths
     ratio = jnp.exp(jnp.minimum(sequence_d + d - jax.lax.stop_gradient(d), 10.0))
     unclipped = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -100,16 +100,16 @@ def gspo(
 
 
 def geo_mean(
-    logprobs: Float[Array, "R T"],
-    old_logprobs: Float[Array, "R T"],
-    advantages: Float[Array, "R T"],
-    mask: Bool[Array, "R T"],
+    logprobs: Float[Array, "R S"],
+    old_logprobs: Float[Array, "R S"],
+    advantages: Float[Array, "R S"],
+    mask: Bool[Array, "R S"],
     *,
     clip_low: Scalar = 0.2,
     clip_high: Scalar = 0.2,
-    rollout_weights: Float[Array, "R T"] | None = None,
-    segment_ids: Int[Array, "R T"] | None = None,
-) -> tuple[Float[Array, "R T"], Sums]:
+    rollout_weights: Float[Array, "R S"] | None = None,
+    sequence_ids: Int[Array, "R S"] | None = None,
+) -> tuple[Float[Array, "R S"], Sums]:
     """Geometric-mean policy optimisation (GMPO, arXiv:2507.20673): one loss a sequence.
 
         e_t = sign(A) * min(sign(A) * d, sign(A) * clip(d, -clip_low, clip_high)),   d not limited
@@ -123,11 +123,11 @@ def geo_mean(
     limited = jnp.clip(d, -clip_low, clip_high)
     sign = jnp.sign(advantages)
     pessimistic = sign * jnp.minimum(sign * d, sign * limited)
-    ratio = jnp.exp(sequence_mean(pessimistic, mask, segment_ids))
-    loss = -sequence_mean(advantages, mask, segment_ids) * ratio
+    ratio = jnp.exp(sequence_mean(pessimistic, mask, sequence_ids))
+    loss = -sequence_mean(advantages, mask, sequence_ids) * ratio
     if rollout_weights is not None:
-        loss = loss * jnp.exp(sequence_mean(jnp.log(as_float(rollout_weights) + 1e-10), mask, segment_ids))
-    lengths = sequence_lengths(mask, segment_ids)
+        loss = loss * jnp.exp(sequence_mean(jnp.log(as_float(rollout_weights) + 1e-10), mask, sequence_ids))
+    lengths = sequence_lengths(mask, sequence_ids)
     # The inverse of the mean over tokens that the aggregation will take, its epsilon included.
     loss = loss * (lengths + COUNT_EPSILON) / jnp.maximum(lengths, 1.0)
     was_limited = d != limited

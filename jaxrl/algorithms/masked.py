@@ -5,6 +5,8 @@ rows. Values under a false mask never reach a result, not even as NaN. Sums are 
 the inputs are float64; booleans and integers count as numbers.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real, Shaped
@@ -53,42 +55,43 @@ def masked_whiten(
 
 
 def sequence_sum(
-    x: Shaped[Array, "R T"], mask: Bool[Array, "R T"], segment_ids: Int[Array, "R T"] | None = None
-) -> Float[Array, "R T"]:
+    x: Shaped[Array, "R S"], mask: Bool[Array, "R S"], sequence_ids: Int[Array, "R S"] | None = None
+) -> Float[Array, "R S"]:
     """The sum of `x` over the trained tokens of a sequence, handed to every token of that sequence.
 
-    Without `segment_ids` a row is a sequence (the padded layout). With them, tokens of a row that bear the same id
-    are a sequence (the packed layout); ids are local to the row and lie in 0 .. T, so that no bound on their number
-    has to be known, and a sum never leaves its row, whatever device holds it.
+    Without `sequence_ids` a row is a sequence (the padded layout). With them, each run of equal ids within a row is one
+    (the packed layout); any integers will do. A sum never leaves its row, whichever device holds it.
     """
     x = jnp.where(mask, as_float(x), 0.0)
-    if segment_ids is None:
+    if sequence_ids is None:
         return jnp.broadcast_to(jnp.sum(x, axis=1, keepdims=True), x.shape)
-    return jax.vmap(_segment_sums)(x, segment_ids)
+    runs = _runs(sequence_ids)
+    sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=x.shape[1]))(x, runs)
+    return jnp.take_along_axis(sums, runs, axis=1)
 
 
-def sequence_lengths(mask: Bool[Array, "R T"], segment_ids: Int[Array, "R T"] | None = None) -> Float[Array, "R T"]:
+def sequence_lengths(mask: Bool[Array, "R S"], sequence_ids: Int[Array, "R S"] | None = None) -> Float[Array, "R S"]:
     """The number of trained tokens in each token's sequence, handed to every token like `sequence_sum`."""
-    return sequence_sum(mask.astype(float), mask, segment_ids)
+    return sequence_sum(mask.astype(float), mask, sequence_ids)
 
 
 def sequence_mean(
-    x: Shaped[Array, "R T"], mask: Bool[Array, "R T"], segment_ids: Int[Array, "R T"] | None = None
-) -> Float[Array, "R T"]:
+    x: Shaped[Array, "R S"], mask: Bool[Array, "R S"], sequence_ids: Int[Array, "R S"] | None = None
+) -> Float[Array, "R S"]:
     """The mean of `x` over the trained tokens of a sequence, handed to every token; zero where there are none."""
-    return sequence_sum(x, mask, segment_ids) / (sequence_lengths(mask, segment_ids) + COUNT_EPSILON)
+    return sequence_sum(x, mask, sequence_ids) / (sequence_lengths(mask, sequence_ids) + COUNT_EPSILON)
 
 
-def count_sequences(mask: Bool[Array, "R T"], segment_ids: Int[Array, "R T"] | None = None) -> Int[Array, ""]:
+def count_sequences(mask: Bool[Array, "R S"], sequence_ids: Int[Array, "R S"] | None = None) -> Int[Array, ""]:
     """The number of sequences with at least one trained token."""
-    if segment_ids is None:
+    if sequence_ids is None:
         return jnp.sum(jnp.any(mask, axis=1))
-    R, T = mask.shape
-    rows = jnp.arange(R)[:, None]
-    seen = jnp.zeros((R, T + 1), bool).at[rows, segment_ids].max(mask)
-    return jnp.sum(seen)
+    runs = _runs(sequence_ids)
+    rows = jnp.arange(mask.shape[0])[:, None]
+    return jnp.sum(jnp.zeros_like(mask).at[rows, runs].max(mask))
 
 
-def _segment_sums(x: Float[Array, " T"], segment_ids: Int[Array, " T"]) -> Float[Array, " T"]:
-    """Sums over equal ids within one row, handed back to each token. T tokens make at most T ids besides padding's."""
-    return jax.ops.segment_sum(x, segment_ids, num_segments=x.shape[0] + 1)[segment_ids]
+def _runs(sequence_ids: Int[Array, "R S"]) -> Int[Array, "R S"]:
+    """Number the runs of equal ids in each row 0, 1, 2, ..., so that S bounds them whatever the ids are."""
+    is_new = jnp.pad(sequence_ids[:, 1:] != sequence_ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.cumsum(is_new, axis=1, dtype=jnp.int32)
