@@ -1,10 +1,12 @@
 """Rewards: the built-ins against worked cases, a user's own functions in each of their forms, and what may go wrong."""
 
+import json
 import logging
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -166,11 +168,11 @@ def test_math_verify_finds_equal_mathematics_equal_and_outlives_a_stuck_expressi
         ("$10^{10^{10}}$", "2", None),  # an integer of ten thousand million digits: C code that no signal interrupts
         ("$x + x$", "2x", 1.0),
     ]
-    with make_scorer([("math_verify", 1.0, {})], timeout_s=1.5, error_reward=-0.5, num_workers=2) as scorer:
+    with make_scorer([("math_verify", 1.0, {})], timeout_s=3.0, error_reward=-0.5, num_workers=2) as scorer:
         scores = scorer([sample(response, truth) for response, truth, _ in cases])
         for (response, truth, expected), score in zip(cases, scores, strict=True):
             if expected is None:
-                assert score == Score(-0.5, {}, "math_verify: no answer within 1.5 s")
+                assert score == Score(-0.5, {}, "math_verify: no answer within 3 s")
             else:
                 assert score == Score(expected), (response, truth)
         assert scorer.error_counts == {"math_verify": 1}
@@ -180,15 +182,15 @@ def test_math_verify_finds_equal_mathematics_equal_and_outlives_a_stuck_expressi
 def test_reasoning_gym_scores_with_the_data_set_that_extra_info_names():
     gym = pytest.importorskip("reasoning_gym")
     entry = gym.create_dataset("gsm_symbolic", size=1, seed=1)[0]
-    extra_info = {"source_dataset": "gsm_symbolic", "metadata": entry["metadata"]}
+    extra_info = {"metadata": json.dumps(entry["metadata"])}
     answer = entry["answer"]
     tagged = f"<answer>{answer}</answer>"
     with make_scorer([("reasoning_gym", 1.0, {})], num_workers=1) as scorer:
         right, wrong, lost = scorer(
             [
                 sample(answer, answer, extra_info=extra_info),
-                sample("no idea", answer, extra_info=extra_info),
-                sample(answer, answer, extra_info={"source_dataset": "no_such_set"}),
+                sample("no idea", answer, extra_info={"metadata": entry["metadata"]}),
+                sample(answer, answer, extra_info={"metadata": {"source_dataset": "no_such_set"}}),
             ]
         )
     assert right.reward == 1.0 and wrong.reward < 0.1
@@ -308,10 +310,7 @@ def test_async_functions_run_at_the_same_time_up_to_the_limit(write):
         """
     )
     with make_scorer([(name, 1.0, {})], max_concurrent=4) as scorer:
-        start = time.monotonic()
-        rewards = [score.reward for score in scorer([sample()] * 12)]
-        assert max(rewards) == 4.0
-        assert time.monotonic() - start < 0.9  # 0.3 s; one after the other it would be 1.2 s
+        assert max(score.reward for score in scorer([sample()] * 12)) == 4.0
 
 
 @pytest.mark.parametrize(
@@ -388,9 +387,11 @@ def test_failures_are_logged_with_their_sample_and_counted(write, caplog):
 
 def test_a_failure_ends_the_run_if_the_config_says_so(write):
     name = write("def f(sample): raise RuntimeError('odd')")
-    with make_scorer([(name, 1.0, {})], on_error="raise", num_workers=1) as scorer:
-        with pytest.raises(RewardError, match="reward f failed on sample 0 .*RuntimeError: odd"):
-            scorer([sample()])
+    with (
+        make_scorer([(name, 1.0, {})], on_error="raise", num_workers=1) as scorer,
+        pytest.raises(RewardError, match=r"reward f failed on sample 0 .*RuntimeError: odd"),
+    ):
+        scorer([sample()])
 
 
 def test_one_sleeping_sample_times_out_and_leaves_the_others_their_scores(write):
@@ -404,11 +405,11 @@ def test_one_sleeping_sample_times_out_and_leaves_the_others_their_scores(write)
         """
     )
     samples = [sample("slow" if n == 3 else "quick") for n in range(8)]
-    with make_scorer([(name, 1.0, {})], timeout_s=0.7, num_workers=2) as scorer:
+    with make_scorer([(name, 1.0, {})], timeout_s=1.5, num_workers=2) as scorer:
         start = time.monotonic()
         scores = scorer(samples)
-        assert time.monotonic() - start < 10.0
-    assert scores.pop(3) == Score(0.0, {}, "f: no answer within 0.7 s")
+        assert time.monotonic() - start < 20.0
+    assert scores.pop(3) == Score(0.0, {}, "f: no answer within 1.5 s")
     assert scores == [Score(1.0)] * 7
 
 
@@ -424,8 +425,8 @@ def test_a_slow_async_sample_times_out_and_a_blocked_event_loop_is_killed(write)
             return 1
         """
     )
-    with make_scorer([(name, 1.0, {})], timeout_s=0.5) as scorer:
-        slow = Score(0.0, {}, "f: no answer within 0.5 s")
+    with make_scorer([(name, 1.0, {})], timeout_s=1.0) as scorer:
+        slow = Score(0.0, {}, "f: no answer within 1 s")
         assert scorer([sample("quick"), sample("waits"), sample("quick")]) == [Score(1.0), slow, Score(1.0)]
         assert scorer([sample("quick"), sample("blocks")]) == [Score(1.0), slow]
         assert scorer([sample("quick")]) == [Score(1.0)]
@@ -461,8 +462,8 @@ def test_close_leaves_no_process_behind(write, tmp_path):
     scorer.close()
     time.sleep(0.2)
     for pid in (tmp_path / "pids").read_text().split():
-        state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True, check=False).stdout
-        assert state.strip() in ("", "Z"), f"process {pid} is still there"
+        status = Path(f"/proc/{pid}/status")
+        assert not status.exists() or "State:\tZ" in status.read_text(), f"process {pid} is still there"
 
 
 # ---------------------------------------------------------------- configuration

@@ -36,7 +36,7 @@ class Service:
                 except BrokenPipeError:
                     pass  # the client gave up waiting
 
-            def log_message(self, format, *args):
+            def log_message(self, *args):
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -127,10 +127,10 @@ def test_a_service_that_hangs_times_out_and_leaves_other_batches_their_scores(se
 
     start = time.monotonic()
     hung, answered = score(
-        serve(answer).url, samples_with("hang", "four"), batch_size=1, timeout_s=0.3, retries=1, concurrency=2
+        serve(answer).url, samples_with("hang", "four"), batch_size=1, timeout_s=1.0, retries=1, concurrency=2
     )
     released.set()
-    assert time.monotonic() - start < 5.0
+    assert time.monotonic() - start < 10.0
     assert hung.reward == -1.0 and hung.error is not None and "ReadTimeout" in hung.error
     assert answered == Score(1.0)
 

@@ -19,7 +19,9 @@ from jaxrl.rewards.score import Sample
 _GSM8K_TAIL_CHARS = 300
 _GSM8K_NUMBER = r"(-?[0-9.,]+)"
 # A minus counts as a sign unless it follows a number, a word or a bracket: "10-3" holds 10 and 3, "x=-3" holds -3.
-_NUMBER = re.compile(r"(?:(?<![\w.)\]])[-\u2212])?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]])[-\u2212])?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
 _THINK_ANSWER = r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>"
 
 
@@ -132,9 +134,10 @@ def unfinished(*, penalty: float = 1.0) -> Callable[[Sample], float]:
 def response_format(
     *, pattern: str = _THINK_ANSWER, score: float = 1.0, format_score: float = 0.0
 ) -> Callable[[Sample], float]:
-    """`score` if the whole stripped response matches the regular expression (`.` matches newlines), else `format_score`.
+    """`score` if the whole stripped response matches the regular expression, else `format_score`.
 
-    The default wants one `<think>..</think>` and then one `<answer>..</answer>`, with nothing around them.
+    `.` matches newlines too. The default wants one `<think>..</think>` and then one `<answer>..</answer>`, with nothing
+    around them.
     """
     expression = _compile("format", pattern)
     return lambda sample: score if expression.fullmatch(sample.response.strip()) else format_score
@@ -161,16 +164,16 @@ def math_verify() -> Callable[[Sample], float]:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off; ours are on
 
     def reward(sample: Sample) -> float:
-        # Math-Verify's time limits are SIGALRM handlers, which cannot interrupt a long operation inside C code
-        # (10^10^10 as an integer); the worker pool kills the process instead.
+        # Math-Verify's time limits (0: none) are SIGALRM handlers, which cannot interrupt a long operation inside C
+        # code (10^10^10 as an integer); the worker pool kills the process instead.
         truth = str(sample.ground_truth)
         # Without a mark Math-Verify looks for plain numbers only, and reads no set, no interval, no sqrt(2).
         marked = any(mark in truth for mark in ("$", "\\boxed", "\\(", "\\["))
-        gold = [] if marked else parse(f"\\boxed{{{truth}}}", parsing_timeout=None)
-        gold = gold or parse(truth, parsing_timeout=None)
+        gold = [] if marked else parse(f"\\boxed{{{truth}}}", parsing_timeout=0)
+        gold = gold or parse(truth, parsing_timeout=0)
         if not gold:
             raise ValueError(f"Math-Verify cannot read the ground truth {truth!r}")
-        return float(verify(gold, parse(sample.response, parsing_timeout=None), timeout_seconds=None))
+        return float(verify(gold, parse(sample.response, parsing_timeout=0), timeout_seconds=0))
 
     return reward
 
@@ -178,9 +181,9 @@ def math_verify() -> Callable[[Sample], float]:
 def reasoning_gym(*, answer_tag: str | None = None) -> Callable[[Sample], float]:
     """The score that a reasoning-gym data set gives to the response; may be a fraction.
 
-    Reads `extra_info["source_dataset"]` (the data set's name), `extra_info["metadata"]` (the entry's metadata, a dict
-    or its JSON) and `ground_truth` (the entry's answer). With `answer_tag="answer"` only what stands in the last
-    `<answer>..</answer>` is scored, else the whole stripped response.
+    Reads `extra_info["metadata"]`, which is the entry's metadata as a dict or as JSON (`scripts/prepare_data.py` writes
+    it) and names the data set as "source_dataset", and `ground_truth`, the entry's answer. With `answer_tag="answer"`
+    only what stands in the last `<answer>..</answer>` is scored, else the whole stripped response.
     """
     _require("reasoning_gym", package="reasoning-gym", reward="reasoning_gym")
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
@@ -189,13 +192,13 @@ def reasoning_gym(*, answer_tag: str | None = None) -> Callable[[Sample], float]
     score_functions: dict[str, Callable[..., float]] = {}
 
     def reward(sample: Sample) -> float:
-        name = sample.extra_info.get("source_dataset")
+        metadata = sample.extra_info.get("metadata", {})
+        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+        name = metadata.get("source_dataset")
         if name not in DATASETS:
-            raise ValueError(f'extra_info["source_dataset"] is {name!r}, which is no data set of reasoning-gym')
+            raise ValueError(f'extra_info["metadata"] names {name!r}, which is no data set of reasoning-gym')
         if name not in score_functions:
             score_functions[name] = get_score_answer_fn(name)
-        metadata = sample.extra_info.get("metadata") or {}
-        metadata = json.loads(metadata) if isinstance(metadata, str) else dict(metadata)
         entry = {"question": sample.prompt, "answer": sample.ground_truth, "metadata": metadata}
         answer: str | None = sample.response.strip()
         if inside is not None:

@@ -68,9 +68,7 @@ def make_scorer(
     weights: dict[str, float] = {}
     with ExitStack() as started:  # closes the rewards before it if one does not start
         for name, weight, kwargs in specs:
-            reward = _start(
-                name, kwargs, timeout_s=timeout_s, num_workers=num_workers, max_concurrent=max_concurrent
-            )
+            reward = _start(name, kwargs, timeout_s=timeout_s, num_workers=num_workers, max_concurrent=max_concurrent)
             started.callback(reward.close)
             label = _label(name, rewards)
             rewards[label], weights[label] = reward, weight
@@ -111,9 +109,7 @@ class Scorer:
         failures = [number for number, score in enumerate(scores) if score.error is not None]
         self.error_counts[label] += len(failures)
         for number in failures[:_MAX_REPORTS]:
-            report = (
-                f"reward {label} failed on sample {number} ({excerpt(samples[number])}): {scores[number].error}"
-            )
+            report = f"reward {label} failed on sample {number} ({excerpt(samples[number])}): {scores[number].error}"
             if self._on_error == "raise":
                 raise RewardError(report)
             _logger.warning("%s", report)

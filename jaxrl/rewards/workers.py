@@ -180,7 +180,11 @@ class _Worker:
 
 def serve(fd: int) -> None:
     """The life of a worker process: load the reward, then score job after job until the pool hangs up."""
-    connection = Connection(fd)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the pool hung up
+        _serve(Connection(fd))
+
+
+def _serve(connection: Connection) -> None:
     name, kwargs, timeout_s, max_concurrent = connection.recv()
     try:
         function = load(name, kwargs, timeout_s=timeout_s, max_concurrent=max_concurrent)
@@ -195,9 +199,8 @@ def serve(fd: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, 10.0 + 2 * timeout_s)
         connection.send((place, score))
 
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the pool hung up
-        while True:
-            samples = connection.recv()
-            signal.setitimer(signal.ITIMER_REAL, 10.0 + 2 * timeout_s)
-            function.run(samples, emit)
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+    while True:
+        samples = connection.recv()
+        signal.setitimer(signal.ITIMER_REAL, 10.0 + 2 * timeout_s)
+        function.run(samples, emit)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
