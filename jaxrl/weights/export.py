@@ -1,7 +1,7 @@
 """Export a model: our parameter tree -> a complete Hugging Face folder, tensor by tensor.
 
-The rows of `hf_names.py` read backwards. A tensor leaves the devices one layer at a time and goes to disk before the next,
-so that a host holds one tensor. The publisher of weights uses the same stream.
+The rows of `hf_names.py` read backwards. A tensor leaves the devices one layer at a time and goes to disk before the
+next one, so that a host holds one tensor. The publisher of weights uses the same stream.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def export_hf(
 ) -> None:
     """Write `params` as a Hugging Face folder: weights, config, tokenizer, chat template, generation settings.
 
-    Everything but the weights comes from `source_folder`, the model that training began from; so does the dtype of each
-    tensor, unless `dtype` names one for all. A tree with a `score` head is written as ForTokenClassification where the
-    head has a bias (as a critic is kept), else as ForSequenceClassification. `out_dir` appears when it is complete; what is
-    already there is refused, or with `overwrite` kept until then.
+    Everything but the weights comes from `source_folder`, the model that training began from; so does the dtype of
+    each tensor, unless `dtype` names one for all. A tree with a `score` head is written as ForTokenClassification where
+    the head has a bias (as verl keeps a critic), else as ForSequenceClassification. `out_dir` appears when it is
+    complete; what is already there is refused, or with `overwrite` kept until then.
     """
     source, out_dir = Path(source_folder), Path(out_dir)
     if not overwrite:
@@ -84,7 +84,7 @@ def _in_order(config: ModelConfig, head: str) -> Iterator[tuple[Row, int | None]
 
 
 def _specs(config: ModelConfig, head: str, source: Path, dtype: str | None) -> list[TensorSpec]:
-    """Name, shape and dtype of what will be written; a tensor that the source does not hold has its embedding's dtype."""
+    """Name, shape and dtype of what will be written; a tensor that the source lacks has its embedding's dtype."""
     sizes = axis_sizes(config)
     shapes = {row.hf.format(layer): row.hf_shape(sizes) for row, layer in _in_order(config, head)}
     if dtype is not None:

@@ -43,7 +43,7 @@ def load_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """`config` as transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) read it."""
+    """`config` as transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype) read it."""
     config = {**config, "dtype": dtype, "torch_dtype": dtype}
     parameters = config.get("rope_parameters")
     if parameters is None:

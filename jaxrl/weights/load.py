@@ -27,7 +27,7 @@ from .safetensors_writer import DTYPES
 Tree = dict[str, Any]
 _ROWS_AT_ONCE = 4096  # of the two tables, when they are compared
 
-# What a model repository holds beside the weights we read (originals in other layouts, pictures, pickles) is not fetched.
+# The rest of a model repository (originals in other layouts, pickles, pictures) is not fetched.
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "spiece.model")
 _HUB_SKIPPED = ("consolidated*", "original/*", "onnx/*")
 
@@ -73,11 +73,15 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
                 raise ValueError(f"{folder}: tensor {tensor} stands in {tensors[tensor].file} and again in {name}")
             stored = files[name].get_slice(tensor)
             if stored.get_dtype() not in DTYPES:
-                raise ValueError(f"{folder / name}: tensor {tensor} has dtype {stored.get_dtype()}, which is not read here")
+                raise ValueError(
+                    f"{folder / name}: tensor {tensor} has dtype {stored.get_dtype()}, which is not read here"
+                )
             tensors[tensor] = StoredTensor(tuple(stored.get_shape()), DTYPES[stored.get_dtype()], name)
     for tensor, name in (weight_map or {}).items():
         if tensor not in tensors or tensors[tensor].file != name:
-            raise ValueError(f"{index_path} says that tensor {tensor} is in {name}, and it is not: fetch the checkpoint again")
+            raise ValueError(
+                f"{index_path} says that tensor {tensor} is in {name}, and it is not: fetch the checkpoint again"
+            )
     return Checkpoint(folder, files, tensors)
 
 
@@ -91,20 +95,20 @@ def load_params(
 ) -> Tree:
     """Fill a tree of `jax.ShapeDtypeStruct` (shape, dtype and, where given, sharding of each array) from a checkpoint.
 
-    Tensors are cast to the wanted dtype slice by slice. Paths in `allow_missing` ("score.kernel") that the checkpoint does
-    not hold come back as None, for the caller to initialise. `check_finite` refuses NaN and infinity.
+    Tensors are cast to the wanted dtype slice by slice. Paths in `allow_missing` ("score.kernel") that the checkpoint
+    does not hold come back as None, for the caller to initialise. `check_finite` refuses NaN and infinity.
     Raises ValueError, naming tensor, expected and found, where checkpoint and model differ.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
     head = head_of(abstract_params)
     table, sizes = rows(config, head=head), axis_sizes(config)
     wanted = dict(flatten(abstract_params))
-    assert wanted.keys() == {row.ours for row in table}, f"rows and tree differ: {wanted.keys() ^ {r.ours for r in table}}"
+    assert wanted.keys() == {row.ours for row in table}, wanted.keys() ^ {row.ours for row in table}
     _check_coverage(checkpoint, config, table, head, allow_missing)
     params: Tree = {}
     for row in table:
         struct = wanted[row.ours]
-        assert struct.shape == row.our_shape(sizes), f"{row.ours} is {struct.shape} and {row.our_shape(sizes)} by its row"
+        assert struct.shape == row.our_shape(sizes), f"{row.ours} is {struct.shape}, by its row {row.our_shape(sizes)}"
         *parents, leaf = row.ours.split(".")
         node = params
         for parent in parents:
@@ -128,7 +132,9 @@ def resolve(path_or_id: str | Path) -> Path:
     if path.exists():
         raise ValueError(f"model path {path} is neither a folder nor a .gguf file")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_id)) or path.suffix == ".gguf":
-        raise ValueError(f"model path {path} does not exist, and {str(path_or_id)!r} is not an id on the Hugging Face Hub")
+        raise ValueError(
+            f"model path {path} does not exist, and {str(path_or_id)!r} is not an id on the Hugging Face Hub"
+        )
     return _download(str(path_or_id))
 
 
@@ -158,7 +164,9 @@ def _weight_map(path: Path) -> dict[str, str]:
         if name != Path(name).name:
             raise ValueError(f"{path} places tensor {tensor} in {name!r}: a shard must be a file beside the index")
         if not (path.parent / name).is_file():
-            raise ValueError(f"{path} places tensor {tensor} in {name}, which does not exist: fetch the checkpoint again")
+            raise ValueError(
+                f"{path} places tensor {tensor} in {name}, which does not exist: fetch the checkpoint again"
+            )
     return weight_map
 
 
@@ -178,8 +186,8 @@ def _no_safetensors(folder: Path) -> str:
     found = sorted(path.name for pattern in others for path in folder.glob(pattern))
     if found:
         return (
-            f"{folder} holds no model.safetensors; {', '.join(found)} {'is' if len(found) == 1 else 'are'} not read from a "
-            "folder: save the model with transformers' save_pretrained, or name a .gguf file itself"
+            f"{folder} holds no model.safetensors but {', '.join(found)}, which is not read from a folder: "
+            "save the model with transformers' save_pretrained, or name a .gguf file itself"
         )
     return f"{folder} holds neither model.safetensors nor model.safetensors.index.json"
 
@@ -241,7 +249,8 @@ def _load_array(
         devices[tuple(cut.indices(size)[:2] for cut, size in zip(index, struct.shape, strict=True))].append(device)
     shards = []
     for bounds, holders in devices.items():
-        piece = _read_slice(checkpoint, row, tuple(slice(*bound) for bound in bounds), struct.dtype, sizes, check_finite)
+        cuts = tuple(slice(*bound) for bound in bounds)
+        piece = _read_slice(checkpoint, row, cuts, struct.dtype, sizes, check_finite)
         shards += [jax.device_put(piece, device) for device in holders]
         jax.block_until_ready(shards)  # so that `piece` can go before the next one is read
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)

