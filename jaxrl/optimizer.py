@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
 Tree = Any
@@ -53,7 +53,7 @@ def make_optimizer(
 
     def init(params: Tree) -> OptState:
         _check_float32(params)
-        state = adam.init(params)
+        state = cast(OptState, adam.init(params))
         return state._replace(nu=optax.tree.cast(state.nu, moments_dtype))
 
     def update(
@@ -64,7 +64,8 @@ def make_optimizer(
         if clip_grad is not None:
             scale = jnp.minimum(1.0, clip_grad / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        step, new_state = adam.update(grads, state._replace(nu=optax.tree.cast(state.nu, jnp.float32)))
+        full = state._replace(nu=optax.tree.cast(state.nu, jnp.float32))
+        step, new_state = cast(tuple[Tree, OptState], adam.update(grads, full))
         step, _ = decay.update(step, optax.EmptyState(), params)
         new_params = jax.tree.map(lambda p, s: p - lr * s, params, step)
         if moments_dtype == "bfloat16":
@@ -85,14 +86,18 @@ def abstract_state(optimizer: Optimizer, params: Tree) -> OptState:
     onto, and its shardings are the `out_shardings` of `jax.jit(optimizer.init)`.
     """
     state = jax.eval_shape(optimizer.init, params)
-    sharding = jax.tree.leaves(params)[0].sharding
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+    shardings = jax.tree.map(lambda p: p.sharding, params)
+    first = jax.tree.leaves(shardings)[0]
+    everywhere = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
 
-    def like_params(moments: Tree) -> Tree:
-        return jax.tree.map(lambda m, p: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=p.sharding), moments, params)
+    def place(leaf: Tree, sharding: Sharding) -> Tree:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    count = jax.ShapeDtypeStruct(state.count.shape, state.count.dtype, sharding=everywhere)
-    return OptState(count=count, mu=like_params(state.mu), nu=like_params(state.nu))
+    return OptState(
+        count=place(state.count, everywhere),
+        mu=jax.tree.map(place, state.mu, shardings),
+        nu=jax.tree.map(place, state.nu, shardings),
+    )
 
 
 def lr_schedule(
