@@ -52,7 +52,11 @@ class Checkpoint:
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """The slice `index` of a tensor, or all of it."""
         stored = self._files[self.tensors[name].file].get_slice(name)
-        array = stored[index] if index else stored[...]
+        if index is None:
+            array = stored[...]
+        else:  # safetensors refuses a slice that ends beyond the tensor
+            cuts = zip(index, self.tensors[name].shape, strict=True)
+            array = stored[tuple(slice(*cut.indices(size)[:2]) for cut, size in cuts)]
         self.bytes_read += array.nbytes
         return array
 
@@ -161,8 +165,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a safetensors index ({error!r}): fetch the checkpoint again") from error
     for tensor, name in weight_map.items():
-        if name != Path(name).name:
-            raise ValueError(f"{path} places tensor {tensor} in {name!r}: a shard must be a file beside the index")
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{path} places tensor {tensor} in {name!r}: a shard must be a .safetensors file beside the index"
+            )
         if not (path.parent / name).is_file():
             raise ValueError(
                 f"{path} places tensor {tensor} in {name}, which does not exist: fetch the checkpoint again"
