@@ -17,14 +17,21 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
 Tree = Any
-OptState = optax.ScaleByAdamState  # count [], mu and nu: trees like the parameters
+
+
+class OptState(NamedTuple):
+    """How many updates were made, and Adam's two moments: trees like the parameters."""
+
+    num_updates: Array
+    mu: Tree
+    nu: Tree
 
 
 class Optimizer(NamedTuple):
     """Two pure functions, to be used within `jax.jit`."""
 
     init: Callable[[Tree], OptState]
-    update: Callable[[Tree, OptState, Tree, Float[Array, ""]], tuple[Tree, OptState, Float[Array, ""]]]
+    update: Callable[[Tree, OptState, Tree, Float[Array, ""] | float], tuple[Tree, OptState, Float[Array, ""]]]
 
 
 def make_optimizer(
@@ -53,23 +60,24 @@ def make_optimizer(
 
     def init(params: Tree) -> OptState:
         _check_float32(params)
-        state = cast(OptState, adam.init(params))
-        return state._replace(nu=optax.tree.cast(state.nu, moments_dtype))
+        mu, nu = (optax.tree.zeros_like(params, dtype=moments_dtype) for _ in range(2))
+        return OptState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(
-        grads: Tree, state: OptState, params: Tree, lr: Float[Array, ""]
+        grads: Tree, state: OptState, params: Tree, lr: Float[Array, ""] | float
     ) -> tuple[Tree, OptState, Float[Array, ""]]:
         grads = optax.tree.cast(grads, jnp.float32)
         norm = optax.tree.norm(grads)
         if clip_grad is not None:
             scale = jnp.minimum(1.0, clip_grad / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        full = state._replace(nu=optax.tree.cast(state.nu, jnp.float32))
-        step, new_state = cast(tuple[Tree, OptState], adam.update(grads, full))
+        before = optax.ScaleByAdamState(state.num_updates, state.mu, optax.tree.cast(state.nu, jnp.float32))
+        step, after = adam.update(grads, before)
+        new_state = OptState(*cast(tuple, after))
         step, _ = decay.update(step, optax.EmptyState(), params)
         new_params = jax.tree.map(lambda p, s: p - lr * s, params, step)
         if moments_dtype == "bfloat16":
-            new_state = new_state._replace(nu=_round_stochastically(new_state.nu, new_state.count))
+            new_state = new_state._replace(nu=_round_stochastically(new_state.nu, new_state.num_updates))
         keep = jnp.isfinite(norm)
         new_params, new_state = jax.tree.map(
             lambda new, old: jnp.where(keep, new, old), (new_params, new_state), (params, state)
@@ -94,7 +102,7 @@ def abstract_state(optimizer: Optimizer, params: Tree) -> OptState:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return OptState(
-        count=place(state.count, everywhere),
+        num_updates=place(state.num_updates, everywhere),
         mu=jax.tree.map(place, state.mu, shardings),
         nu=jax.tree.map(place, state.nu, shardings),
     )
@@ -142,10 +150,10 @@ def _check_float32(params: Tree) -> None:
             )
 
 
-def _round_stochastically(moments: Tree, count: Float[Array, ""]) -> Tree:
+def _round_stochastically(moments: Tree, num_updates: Array) -> Tree:
     """float32 -> bfloat16, up or down with the probability that keeps the expectation."""
     leaves, treedef = jax.tree.flatten(moments)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), num_updates), len(leaves))
 
     def one(x: Array, key: Array) -> Array:
         # bfloat16 is the upper half of float32: noise below the cut carries into it in proportion to what is cut off.

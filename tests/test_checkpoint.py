@@ -160,6 +160,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
 def test_killed_at_any_moment_the_last_complete_checkpoint_restores(tmp_path):
     moments = random.Random(0)
     abstract = abstract_of({f"w{i}": jnp.zeros((300, 1000)) for i in range(5)})
+    checkpoints = Checkpoints(tmp_path, max_to_keep=2)
     for _ in range(4):
         process = start(SAVE_WITHOUT_END, tmp_path)
         assert process.stdout is not None
@@ -168,7 +169,6 @@ def test_killed_at_any_moment_the_last_complete_checkpoint_restores(tmp_path):
         time.sleep(moments.uniform(0.0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        checkpoints = Checkpoints(tmp_path, max_to_keep=2)
         latest = checkpoints.latest()
         assert latest is not None and latest >= first
         state, meta = checkpoints.restore(latest, abstract)

@@ -47,17 +47,17 @@ def test_update_matches_torch_adamw_with_clip_grad_norm(clip_grad):
 
 
 @pytest.mark.parametrize("moments_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e30])  # the square of 1e30 overflows float32
-def test_a_norm_that_is_not_finite_leaves_parameters_and_moments_as_they_are(bad, moments_dtype):
+def test_a_norm_that_is_not_finite_leaves_parameters_and_moments_as_they_are(moments_dtype):
     params = some_params()
     optimizer = make_optimizer(moments_dtype=moments_dtype)
     update = jax.jit(optimizer.update)
     params, state, _ = update(some_grads(params, 1.0, 0), optimizer.init(params), params, 1e-2)
-    grads = some_grads(params, 1.0, 1)
-    grads["norm"] = grads["norm"].at[1].set(bad)
-    new_params, new_state, norm = update(grads, state, params, 1e-2)
-    assert not np.isfinite(norm)
-    jax.tree.map(np.testing.assert_array_equal, (new_params, new_state), (params, state))
+    for bad in (jnp.nan, jnp.inf, 1e30):  # the square of 1e30 overflows float32
+        grads = some_grads(params, 1.0, 1)
+        grads["norm"] = grads["norm"].at[1].set(bad)
+        new_params, new_state, norm = update(grads, state, params, 1e-2)
+        assert not np.isfinite(norm)
+        jax.tree.map(np.testing.assert_array_equal, (new_params, new_state), (params, state))
 
 
 def test_clipping_and_moments_are_float32_when_gradients_are_bfloat16():
@@ -66,8 +66,9 @@ def test_clipping_and_moments_are_float32_when_gradients_are_bfloat16():
     grads = some_grads(params, 1.0, 0)
     low = optax.tree.cast(grads, jnp.bfloat16)
     exact = optax.tree.cast(low, jnp.float32)
-    ours = optimizer.update(low, optimizer.init(params), params, 1e-2)
-    jax.tree.map(np.testing.assert_array_equal, ours, optimizer.update(exact, optimizer.init(params), params, 1e-2))
+    state = optimizer.init(params)
+    results = [jax.jit(optimizer.update)(grads, state, params, 1e-2) for grads in (low, exact)]
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_bfloat16_second_moment_follows_what_rounding_to_nearest_would_lose():
@@ -103,7 +104,7 @@ def test_moments_live_where_their_parameters_live():
     optimizer = make_optimizer(moments_dtype="bfloat16")
     abstract = abstract_state(optimizer, params)
     assert abstract.mu["w"].sharding == abstract.nu["w"].sharding == split
-    assert abstract.count.sharding == NamedSharding(mesh, PartitionSpec())
+    assert abstract.num_updates.sharding == NamedSharding(mesh, PartitionSpec())
     real = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))({"w": jnp.ones((4, 2))})
     for planned, found in zip(jax.tree.leaves(abstract), jax.tree.leaves(real), strict=True):
         assert (planned.shape, planned.dtype, planned.sharding) == (found.shape, found.dtype, found.sharding)
