@@ -1,0 +1,248 @@
+"""Export: the same bytes back, folders that transformers opens, and nothing half-written or overwritten."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.decoder import abstract_params
+from jaxrl.parallel import make_mesh, with_shardings
+from jaxrl.weights.export import export_hf, hf_tensors
+from jaxrl.weights.folder import both_spellings
+from jaxrl.weights.hf_names import flatten
+from jaxrl.weights.load import load_hf_config, load_params, open_checkpoint
+
+DATA = Path(__file__).parent / "data"
+FOLDERS = ["llama31", "llama32-tied", "llama-linear-rope", "qwen2", "qwen3"]
+
+
+def load(folder: Path, mesh_shape=(2, 2, 2), head: str = "lm", **run):
+    """Config and parameters of a folder, float32, on a mesh of virtual devices."""
+    config = ModelConfig.from_hf(load_hf_config(folder), **run)
+    abstract, axes = abstract_params(config, head)
+    target = with_shardings(make_mesh(*mesh_shape), abstract["params"], axes["params"])
+    return load_params(folder, config, target), config
+
+
+def round_trip(source: Path, out: Path, *, head: str = "lm", options: dict | None = None, **run) -> None:
+    params, config = load(source, head=head, **run)
+    export_hf(params, config, out, source_folder=source, **(options or {}))
+
+
+def stored_tensors(folder: Path) -> dict[str, np.ndarray]:
+    checkpoint = open_checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def assert_identical(ours: Path, theirs: Path) -> None:
+    a, b = stored_tensors(ours), stored_tensors(theirs)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def source_with_tokenizer(folder: Path, name: str, dtype=np.float32) -> Path:
+    """A fixture as a real repository has it: companions beside the weights, and perhaps another dtype."""
+    shutil.copytree(DATA / "hf_torch" / name, folder)
+    tensors = {key: tensor.astype(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for companion in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / companion).write_text(json.dumps({"of": companion}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_export_then_load_returns_identical_bytes(tmp_path, name):
+    round_trip(DATA / "hf_torch" / name, tmp_path / "out")
+    assert_identical(tmp_path / "out", DATA / "hf_torch" / name)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_half_precision_source_with_float32_master_weights_returns_identical_bytes(tmp_path, dtype):
+    source = source_with_tokenizer(tmp_path / "source", "qwen3", dtype)
+    round_trip(source, tmp_path / "out")
+    assert_identical(tmp_path / "out", source)
+    config = load_hf_config(tmp_path / "out")
+    assert config["dtype"] == config["torch_dtype"] == np.dtype(dtype).name
+
+
+def test_every_number_of_bfloat16_survives_float32_and_back(tmp_path):
+    """All 65,536 patterns, subnormal numbers too (quiet NaNs: a signalling one has no float32 that casts back)."""
+    source = source_with_tokenizer(tmp_path / "source", "llama32-tied", ml_dtypes.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    patterns = np.arange(65536, dtype=np.uint16)
+    patterns = patterns[(patterns & 0x7FFF) <= 0x7F80].view(ml_dtypes.bfloat16)
+    table = np.resize(patterns, (65536 // 32, 32))
+    tensors["model.embed_tokens.weight"] = table
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = load_hf_config(source) | {"vocab_size": len(table)}
+    (source / "config.json").write_text(json.dumps(config))
+    round_trip(source, tmp_path / "out")
+    assert_identical(tmp_path / "out", source)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_exported_folder_opens_in_transformers_with_the_recorded_logits(tmp_path, name):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    round_trip(DATA / "hf_torch" / name, tmp_path / "out")
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    expected = np.load(DATA / "hf_torch" / name / "expected_logits.npz")
+    with torch.no_grad():
+        logits = model(torch.from_numpy(expected["input_ids"]).long()).logits
+    np.testing.assert_allclose(logits, expected["logits"], atol=2e-5, rtol=1e-5)  # float32, another attention kernel
+
+
+@pytest.mark.parametrize(
+    "name, head_class, labels, bias",
+    [
+        ("qwen2-tokencls-critic", "Qwen2ForTokenClassification", 1, True),
+        ("llama-seqcls-reward", "LlamaForSequenceClassification", 1, False),
+        ("qwen2-seqcls-3labels", "Qwen2ForSequenceClassification", 3, False),
+    ],
+)
+def test_critic_and_reward_heads_round_trip_under_their_class(tmp_path, name, head_class, labels, bias):
+    import transformers
+
+    source = DATA / "heads" / name
+    round_trip(source, tmp_path / "out", head="score", num_labels=labels, score_bias=bias)
+    assert_identical(tmp_path / "out", source)
+    config = load_hf_config(tmp_path / "out")
+    assert config["architectures"] == [head_class] and len(config["id2label"]) == labels
+    _, report = getattr(transformers, head_class).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+
+
+def test_critic_that_began_as_a_language_model_is_exported_as_token_classification(tmp_path):
+    from transformers import AutoModelForTokenClassification
+
+    source = DATA / "hf_torch" / "qwen3"
+    config = ModelConfig.from_hf(load_hf_config(source), score_bias=True)
+    target = abstract_params(config, "score")[0]["params"]
+    params = load_params(source, config, target, allow_missing={"score.kernel", "score.bias"})
+    params["score"] = {"kernel": np.full((32, 1), 0.5, np.float32), "bias": np.full(1, 0.25, np.float32)}
+    export_hf(params, config, tmp_path / "critic", source_folder=source)
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic")
+    assert model.config.architectures == ["Qwen3ForTokenClassification"] and model.config.num_labels == 1
+    assert model.score.weight.detach().numpy().tolist() == [[0.5] * 32] and model.score.bias.item() == 0.25
+
+
+def test_shards_are_bounded_and_their_index_is_complete(tmp_path):
+    source = DATA / "hf_torch" / "llama31"
+    round_trip(source, tmp_path / "out", options={"max_shard_bytes": 12_000})
+    assert_identical(tmp_path / "out", source)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3 and {file.name for file in files} == set(index["weight_map"].values())
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    total = 0
+    for file in files:
+        size = sum(tensor.nbytes for tensor in load_file(file).values())
+        assert size <= 12_000
+        total += size
+        with safe_open(file, "np") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    assert index["metadata"]["total_size"] == total
+
+
+def test_sharded_export_opens_in_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    round_trip(DATA / "hf_torch" / "llama31", tmp_path / "out", options={"max_shard_bytes": 12_000})
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_a_dtype_can_be_asked_for(tmp_path):
+    source = DATA / "hf_torch" / "qwen2"
+    round_trip(source, tmp_path / "out", options={"dtype": "bfloat16"})
+    expected = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in stored_tensors(source).items()}
+    for name, tensor in stored_tensors(tmp_path / "out").items():
+        np.testing.assert_array_equal(tensor, expected[name])
+    assert load_hf_config(tmp_path / "out")["torch_dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match=r"dtype 'fp16' is not one .*float32, float16, bfloat16"):
+        round_trip(source, tmp_path / "other", options={"dtype": "fp16"})
+    assert not (tmp_path / "other").exists()
+
+
+def test_companions_are_carried_over(tmp_path):
+    source = source_with_tokenizer(tmp_path / "source", "qwen2")
+    round_trip(source, tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_config_is_written_in_the_spellings_of_transformers_4_and_5(tmp_path):
+    round_trip(DATA / "hf_torch" / "llama31", tmp_path / "new")
+    new = load_hf_config(tmp_path / "new")
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 16
+    assert new["rope_theta"] == 500_000.0 and new["rope_scaling"] == llama3
+    assert new["rope_parameters"] == llama3 | {"rope_theta": 500_000.0}
+    old = {"rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    both = both_spellings(old, "float32")
+    assert both["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert both["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    assert both_spellings({"rope_theta": 1e6, "rope_scaling": None}, "float32")["rope_scaling"] is None
+    assert ModelConfig.from_hf(new) == ModelConfig.from_hf({k: v for k, v in new.items() if k != "rope_parameters"})
+
+
+def test_existing_folder_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"out exists already: name another folder or ask for overwrite=True"):
+        round_trip(DATA / "hf_torch" / "qwen2", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_overwriting_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path):
+    source = DATA / "hf_torch" / "qwen2"
+    params, config = load(source)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    broken = jax.tree.map(lambda x: x, params)
+    broken["norm"]["scale"] = params["norm"]["scale"][:-1]  # an error after most of the file is written
+    with pytest.raises(AssertionError):
+        export_hf(broken, config, tmp_path / "out", source_folder=source, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "old.txt").read_text() == "old"
+    export_hf(params, config, tmp_path / "out", source_folder=source, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "old.txt").exists()
+    assert_identical(tmp_path / "out", source)
+
+
+def test_failed_export_leaves_nothing(tmp_path):
+    source = DATA / "hf_torch" / "qwen2"
+    params, config = load(source)
+    params["norm"]["scale"] = params["norm"]["scale"][:-1]
+    with pytest.raises(AssertionError):
+        export_hf(params, config, tmp_path / "out", source_folder=source)
+    with pytest.raises(ValueError, match=r"is not the model that is exported: its model\.embed_tokens\.weight"):
+        export_hf(params, config, tmp_path / "out", source_folder=DATA / "heads" / "qwen2-tokencls-critic")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stream_of_tensors_is_lazy_and_in_the_order_of_a_forward_pass():
+    params, config = load(DATA / "hf_torch" / "llama31")
+    names = [name for name, _ in hf_tensors(params, config)]
+    assert names[0] == "model.embed_tokens.weight" and names[-2:] == ["model.norm.weight", "lm_head.weight"]
+    layer_of = [int(name.split(".")[2]) for name in names if ".layers." in name]
+    assert layer_of == sorted(layer_of)
+    stream = hf_tensors(params, config)
+    next(stream)
+    for _, array in flatten(params["layers"]):
+        array.delete()
+    with pytest.raises(RuntimeError, match="deleted"):  # nothing of the layers had been fetched ahead
+        next(stream)
