@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.algorithms.advantages import ADVANTAGES, gae, gpg, grpo, opo, place_scores, reinforce_plus_plus, remax, rloo
+from jaxrl.algorithms import advantages as estimators
+from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.choose import bind
 
 GROUPED = ["grpo", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"]
@@ -14,6 +15,12 @@ GROUPED = ["grpo", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"]
 SCORES = jnp.array([1.0, 2.0, 0.0, 1.0, 0.5])
 GROUP = jnp.array([7, 3, 7, 3, 7])
 MASK = jnp.arange(3) < jnp.array([1, 3, 2, 2, 1])[:, None]
+
+
+place_scores = jax.jit(estimators.place_scores)
+grpo = jax.jit(estimators.grpo, static_argnames="norm_by_std")
+gae, rloo, opo, gpg = (jax.jit(ADVANTAGES[name]) for name in ("gae", "rloo", "opo", "gpg"))
+remax, reinforce_plus_plus = jax.jit(ADVANTAGES["remax"]), jax.jit(ADVANTAGES["reinforce_plus_plus"])
 
 
 def per_response(advantages):
@@ -62,6 +69,14 @@ def test_grpo_standardises_within_the_group():
     np.testing.assert_allclose(per_response(centred), [0.5, 0.5, -0.5, -0.5, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("score", [0.1, 0.7, 1 / 3])
+def test_a_group_of_equal_scores_teaches_nothing(score):
+    """Float32 rounding of the group mean must not come back as an advantage after division by a deviation of zero."""
+    mask = jnp.ones((7, 1), bool)
+    advantages, _ = grpo(jnp.full((7, 1), score), mask, group=jnp.zeros(7, int))
+    np.testing.assert_allclose(advantages, 0.0, atol=1e-6)
+
+
 def test_rloo_subtracts_the_mean_of_the_other_responses():
     advantages, _ = rloo(place_scores(SCORES, MASK), MASK, group=GROUP)
     np.testing.assert_allclose(per_response(advantages), [1 - 0.25, 2 - 1, 0 - 0.75, 1 - 2, 0.5 - 0.5], atol=1e-6)
@@ -91,7 +106,7 @@ def test_reinforce_plus_plus_discounts_towards_the_score():
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "opo", "gpg"])
 def test_a_response_alone_in_its_group_keeps_its_score(name):
-    advantages, _ = ADVANTAGES[name](jnp.array([[0.0, 3.0]]), jnp.array([[True, True]]), group=jnp.array([4]))
+    advantages, _ = jax.jit(ADVANTAGES[name])(jnp.array([[0.0, 3.0]]), jnp.array([[True, True]]), group=jnp.array([4]))
     np.testing.assert_allclose(advantages, [[3.0, 3.0]], rtol=1e-5)
 
 
@@ -112,7 +127,7 @@ def test_every_estimator_is_called_the_same_way(name):
     """The trainer offers everything it has; each estimator takes what it names."""
     values = jnp.zeros_like(MASK, jnp.float32)
     estimator = bind(ADVANTAGES[name], group=GROUP, values=values, baselines=SCORES, gamma=1.0, lam=0.95)
-    advantages, returns = estimator(place_scores(SCORES, MASK), MASK)
+    advantages, returns = jax.jit(estimator)(place_scores(SCORES, MASK), MASK)
     assert advantages.shape == returns.shape == MASK.shape
     assert advantages.dtype == jnp.float32
     assert jnp.all(jnp.isfinite(advantages[MASK]))

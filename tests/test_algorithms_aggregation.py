@@ -1,4 +1,4 @@
-"""The five aggregations: worked numbers, micro-batches against the whole, packed against padded, a mode of one's own."""
+"""The five aggregations: worked numbers, micro-batches against the whole, packed against padded, one's own mode."""
 
 import jax.numpy as jnp
 import numpy as np

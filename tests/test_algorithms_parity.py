@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxrl.algorithms.advantages import ADVANTAGES
-from jaxrl.algorithms.aggregation import AGGREGATIONS, aggregate_loss, aggregation_weights
+from jaxrl.algorithms.aggregation import aggregate_loss, aggregation_weights
 from jaxrl.algorithms.choose import bind
 from jaxrl.algorithms.correction import importance_weights
 from jaxrl.algorithms.kl import KL_ESTIMATORS, adaptive
@@ -87,7 +87,6 @@ def test_advantages_and_returns_equal_verls(recorded, name):
 def test_policy_loss_its_gradient_and_its_metrics_equal_verls(recorded, name):
     cases = recorded[f"policy_loss:{name}"]
     assert cases
-    weights = {mode: jax.jit(jax.vmap(partial(weights_of_whole_batch, mode=mode, name=name))) for mode in AGGREGATIONS}
 
     @jax.jit
     @jax.vmap
@@ -103,7 +102,9 @@ def test_policy_loss_its_gradient_and_its_metrics_equal_verls(recorded, name):
 
     for (mode,), hyper, a in stacks(cases, "mode"):
         assert mode == FIXED_AGGREGATIONS.get(name, mode)
-        value, grad, metrics = value_and_grad(hyper, a, weights[mode](a["mask"]))
+        # verl's geo_mean averages over all sequences, those without a trained token included.
+        weights = weights_of_whole_batch(a["mask"], mode, count_empty=name == "geo_mean")
+        value, grad, metrics = value_and_grad(hyper, a, weights)
         assert_equal(value, a["loss"], f"{name} {mode} loss")
         assert_equal(grad, a["grad"], f"{name} {mode} gradient")
         assert set(metrics) == {"pg_clipfrac", "pg_clipfrac_lower", "ppo_kl"} & set(a)
@@ -111,12 +112,15 @@ def test_policy_loss_its_gradient_and_its_metrics_equal_verls(recorded, name):
             assert_equal(metric, a[key], f"{name} {key}")
 
 
-def weights_of_whole_batch(mask, *, mode, name):
-    # verl's geo_mean averages over all sequences, those without a trained token included.
-    num_sequences = mask.shape[0] if name == "geo_mean" else jnp.sum(jnp.any(mask, axis=1))
-    return aggregation_weights(
-        mask, mode, num_tokens=jnp.sum(mask), num_sequences=num_sequences, loss_scale_factor=mask.shape[1]
-    )
+@partial(jax.jit, static_argnames=("mode", "count_empty"))
+def weights_of_whole_batch(masks, mode, count_empty):
+    def weights(mask):
+        num_sequences = mask.shape[0] if count_empty else jnp.sum(jnp.any(mask, axis=1))
+        return aggregation_weights(
+            mask, mode, num_tokens=jnp.sum(mask), num_sequences=num_sequences, loss_scale_factor=mask.shape[1]
+        )
+
+    return jax.vmap(weights)(masks)
 
 
 def test_value_loss_its_gradient_and_its_clip_fraction_equal_verls(recorded):
@@ -158,8 +162,10 @@ def test_whitening_equals_verls(recorded):
 
 def test_rollout_weights_equal_verls(recorded):
     for (level, threshold), _, a in stacks(recorded["rollout_is_weights"], "level", "threshold"):
-        function = jax.jit(jax.vmap(partial(importance_weights, level=level, threshold=threshold)))
-        weights, _ = function(a["old_logprobs"], a["rollout_logprobs"], a["mask"])
+        function = jax.vmap(partial(importance_weights, level=level, threshold=threshold))
+        weights = jax.jit(lambda *arrays, function=function: function(*arrays)[0])(
+            a["old_logprobs"], a["rollout_logprobs"], a["mask"]
+        )
         assert_equal(weights, a["weights"], f"{level} {threshold}")
 
 

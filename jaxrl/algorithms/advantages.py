@@ -92,9 +92,7 @@ def opo(rewards: Rewards, mask: Mask, *, group: Int[Array, " B"]) -> tuple[Advan
     return _spread(scores - jnp.where(is_alone, 0.0, baseline), mask)
 
 
-def gpg(
-    rewards: Rewards, mask: Mask, *, group: Int[Array, " B"], f_norm: Scalar = 1.0
-) -> tuple[Advantages, Returns]:
+def gpg(rewards: Rewards, mask: Mask, *, group: Int[Array, " B"], f_norm: Scalar = 1.0) -> tuple[Advantages, Returns]:
     """Group policy gradient (GPG, arXiv:2504.02546): alpha * (s - mean_g) / f_norm.
 
     alpha = B / (number of responses with a score other than 0) makes up for groups that give no gradient.
@@ -160,7 +158,11 @@ def _group_count_and_mean(
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Group size and group mean of every response; the mean of a group of one is 0, as in verl."""
     count = _group_sum(jnp.ones_like(scores), group)
-    return count, jnp.where(count > 1, _group_sum(scores, group) / count, 0.0)
+    mean = _group_sum(scores, group) / count
+    # In float32 the mean of equal scores can be off by a bit, which GRPO's division by a deviation of about zero would
+    # blow up into an advantage; a second pass takes that bit away.
+    mean = mean + _group_sum(scores - mean, group) / count
+    return count, jnp.where(count > 1, mean, 0.0)
 
 
 def _recur_backward(add: Float[Array, "B T"], decay: Float[Array, "B T"]) -> Float[Array, "B T"]:

@@ -37,7 +37,7 @@ def importance_weights(
     mask: Mask,
     *,
     level: str = "token",
-    threshold: float | str = 2.0,
+    threshold: int | float | str = 2.0,
     batch_normalize: bool = False,
 ) -> tuple[Float[Array, "B T"], Metrics]:
     """The weight of every token, w = p_old / p_rollout, made safe; zero where the mask is false; no gradient.
@@ -75,7 +75,7 @@ def rejection_mask(
     mask: Mask,
     *,
     criteria: str,
-    thresholds: float | str,
+    thresholds: int | float | str,
 ) -> tuple[Mask, Metrics]:
     """The mask without the tokens, or whole sequences, on which trainer and engine differ too much.
 
@@ -165,7 +165,7 @@ def pearson_correlation(
     return jnp.where(scale > 0, masked_sum(x * y, mask) / jnp.where(scale > 0, scale, 1.0), 0.0)
 
 
-def parse_band(threshold: float | str) -> tuple[float | None, float]:
+def parse_band(threshold: int | float | str) -> tuple[float | None, float]:
     """2.0 or "2.0" -> (None, 2.0); "0.5_2.0" -> (0.5, 2.0).
 
     Raises:
@@ -182,7 +182,7 @@ def parse_band(threshold: float | str) -> tuple[float | None, float]:
     raise ValueError(f"Threshold {threshold!r} must be a positive number or a band such as '0.5_2.0'.")
 
 
-def parse_rejection(criteria: str, thresholds: float | str) -> dict[str, tuple[float | None, float]]:
+def parse_rejection(criteria: str, thresholds: int | float | str) -> dict[str, tuple[float | None, float]]:
     """Criterion -> (low, high) in the units of its statistic, in the order given; low is None where there is none.
 
     Raises:

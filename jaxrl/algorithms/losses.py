@@ -51,8 +51,8 @@ def vanilla(
 ) -> tuple[Tokens, Sums]:
     """PPO (Schulman et al., arXiv:1707.06347, eq. 7) with dual clip (arXiv:1912.09729) and clip-higher (DAPO).
 
-        M = max(-A * rho, -A * clip(rho, 1 - clip_low, 1 + clip_high))
-        loss = min(M, -A * clip_c) if A < 0 else M
+    M = max(-A * rho, -A * clip(rho, 1 - clip_low, 1 + clip_high))
+    loss = min(M, -A * clip_c) if A < 0 else M
     """
     d = _log_ratio(logprobs, old_logprobs, mask)
     ratio = jnp.exp(d)
@@ -175,8 +175,8 @@ def dppo_tv(
 ) -> tuple[Tokens, Sums]:
     """Divergence PPO with binary total variation (DPPO, arXiv:2602.04879): a trust region on probabilities.
 
-        keep = p - p_old <= clip_high if A > 0 else p - p_old >= -clip_low
-        loss = -A * stop(min(rho, clip_c)) * logprobs * keep
+    keep = p - p_old <= clip_high if A > 0 else p - p_old >= -clip_low
+    loss = -A * stop(min(rho, clip_c)) * logprobs * keep
     """
     change = jnp.exp(_trained(logprobs, mask)) - jnp.exp(_trained(old_logprobs, mask))
     keep = jnp.where(advantages > 0, change <= clip_high, change >= -clip_low)
@@ -196,8 +196,8 @@ def dppo_kl(
 ) -> tuple[Tokens, Sums]:
     """Divergence PPO with binary KL (DPPO, arXiv:2602.04879): as `dppo_tv`, the trust region being
 
-        KL = p_old * log(p_old / p) + (1 - p_old) * log((1 - p_old) / (1 - p))
-        keep = KL <= clip_high or p <= p_old if A > 0 else KL <= clip_low or p >= p_old
+    KL = p_old * log(p_old / p) + (1 - p_old) * log((1 - p_old) / (1 - p))
+    keep = KL <= clip_high or p <= p_old if A > 0 else KL <= clip_low or p >= p_old
     """
     log_p, log_q = _trained(logprobs, mask), _trained(old_logprobs, mask)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
