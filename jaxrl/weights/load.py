@@ -252,6 +252,7 @@ def _load_array(
     sharding = struct.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     devices = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(struct.shape).items():
+        assert index is not None  # the map is of devices that hold a part
         devices[tuple(cut.indices(size)[:2] for cut, size in zip(index, struct.shape, strict=True))].append(device)
     shards = []
     for bounds, holders in devices.items():
