@@ -1,0 +1,215 @@
+"""The numbers of a step under verl's names, from host arrays.
+
+`trainer.py` gathers what these functions return and hands it to `Metrics.log` of `loggers.py`, once a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+NUM_BOOTSTRAPS = 1000
+GIB = 1024**3  # verl's "gb"
+
+
+def data_metrics(
+    *,
+    scores: Float[np.ndarray, "B"],
+    rewards_sum: Float[np.ndarray, "B"],
+    advantages: Float[np.ndarray, "B T"],
+    returns: Float[np.ndarray, "B T"],
+    values: Float[np.ndarray, "B T"] | None,
+    response_mask: Bool[np.ndarray, "B T"],
+    prompt_lengths: Int[np.ndarray, "B"],
+    response_lengths: Int[np.ndarray, "B"],
+    max_prompt_length: int,
+    finished: Bool[np.ndarray, "B"],
+) -> dict[str, float]:
+    """What a batch of rollouts looks like. `scores` are the rewards as given, `rewards_sum` after the KL penalty.
+
+    An aborted response has no tokens; it counts in the lengths and nowhere else. `response_length/clip_ratio` is the
+    share that was cut at the length limit. `values` is None where there is no critic.
+    """
+    ran = response_lengths > 0
+    metrics = {
+        **_mean_max_min("critic/score", scores[ran]),
+        **_mean_max_min("critic/rewards", rewards_sum[ran]),
+        **_mean_max_min("critic/advantages", advantages[response_mask]),
+        **_mean_max_min("critic/returns", returns[response_mask]),
+        **_mean_max_min("response_length", response_lengths),
+        "response_length/clip_ratio": float(np.mean(~finished)),
+        **_mean_max_min("response_length_non_aborted", response_lengths[ran]),
+        "response/aborted_ratio": float(np.mean(~ran)),
+        **_mean_max_min("prompt_length", prompt_lengths),
+        "prompt_length/clip_ratio": float(np.mean(prompt_lengths == max_prompt_length)),
+    }
+    if values is not None:
+        metrics |= _mean_max_min("critic/values", values[response_mask])
+        if response_mask.sum() > 1:
+            metrics["critic/vf_explained_var"] = explained_variance(returns[response_mask], values[response_mask])
+    return metrics
+
+
+def explained_variance(returns: Float[np.ndarray, "N"], values: Float[np.ndarray, "N"]) -> float:
+    """1 - var(returns - values) / (var(returns) + 1e-5), unbiased variances: 1 if perfect, 0 if constant."""
+    returns, values = returns.astype(np.float64), values.astype(np.float64)
+    return float(1.0 - np.var(returns - values, ddof=1) / (np.var(returns, ddof=1) + 1e-5))
+
+
+def throughput_metrics(
+    *,
+    prompt_lengths: Int[np.ndarray, "B"],
+    response_lengths: Int[np.ndarray, "B"],
+    seconds: Mapping[str, float],
+    num_devices: int,
+) -> dict[str, float]:
+    """Tokens a second and device, and milliseconds a token for each stage, from `Timer.seconds` of a whole step.
+
+    `gen` is divided by the response tokens, every other stage by prompt and response tokens.
+    """
+    num_response = int(response_lengths.sum())
+    num_tokens = num_response + int(prompt_lengths.sum())
+    metrics = {
+        "perf/total_num_tokens": num_tokens,
+        "perf/time_per_step": seconds["step"],
+        "perf/throughput": num_tokens / (seconds["step"] * num_devices),
+    }
+    for stage in ("gen", "ref", "values", "adv", "update_critic", "update_actor"):
+        if stage in seconds:
+            divisor = num_response if stage == "gen" else num_tokens
+            metrics[f"timing_per_token_ms/{stage}"] = seconds[stage] * 1000 / divisor
+    return metrics
+
+
+def memory_metrics() -> dict[str, float]:
+    """The peak on the fullest device of this process (on CPU nobody counts it), and the memory in use on the host."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    metrics = {}
+    for name, key in (("allocated", "peak_bytes_in_use"), ("reserved", "peak_pool_bytes")):
+        if peaks := [s[key] for s in stats if key in s]:
+            metrics[f"perf/max_memory_{name}_gb"] = max(peaks) / GIB
+    meminfo = Path("/proc/meminfo")  # Linux
+    if meminfo.exists():
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.read_text().splitlines()}
+        metrics["perf/cpu_memory_used_gb"] = (kib["MemTotal"] - kib["MemAvailable"]) * 1024 / GIB
+    return metrics
+
+
+def validation_metrics(
+    data_sources: Sequence[str],
+    prompt_ids: Sequence[Hashable],
+    scores: Sequence[float],
+    extra: Mapping[str, Sequence[float | str | None]],
+    *,
+    seed: int = 42,
+) -> dict[str, float]:
+    """verl's `val-core|val-aux/<source>/<variable>/<metric>`, all arguments one entry a sample.
+
+    The variables are `reward` (`scores`) and the numbers in `extra` (None: this sample has none). For the k samples of
+    a prompt: `mean@k`, and with k > 1 `std@k`, `best@n/mean|std` and `worst@n/mean|std` for n = 2, 4, 8, ..., k, by
+    1000 draws of n samples with replacement; with the strings `extra["pred"]` (the answers given) also `maj@n`, the
+    value of the commonest answer. Then the mean over the prompts of a source. Core are mean, best and maj at the
+    largest k of the variable `acc`, or of `reward` where there is no `acc`.
+    """
+    samples_of: dict[tuple[str, Hashable], list[int]] = defaultdict(list)
+    for i, key in enumerate(zip(data_sources, prompt_ids, strict=True)):
+        samples_of[key].append(i)
+    collected: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for (source, _), samples in samples_of.items():
+        for variable, column in {"reward": scores, **extra}.items():
+            measured = [i for i in samples if column[i] is not None]
+            if not measured or isinstance(column[measured[0]], str):
+                continue
+            values = np.asarray([column[i] for i in measured], np.float64)
+            answers = [extra["pred"][i] for i in measured] if "pred" in extra else None
+            for metric, value in _metrics_of_a_prompt(values, answers, seed).items():
+                collected[source][variable][metric].append(value)
+
+    result = {}
+    for source, variables in collected.items():
+        core = "acc" if "acc" in variables else "reward"
+        for variable, metrics in variables.items():
+            k_max = max(_k(metric) for metric in metrics)
+            for metric, values in metrics.items():
+                is_core = variable == core and _k(metric) == k_max and metric.startswith(("mean", "best", "maj"))
+                section = "val-core" if is_core else "val-aux"
+                result[f"{section}/{source}/{variable}/{metric}"] = float(np.mean(values))
+    return result
+
+
+class Timer:
+    """Wall-clock seconds by stage: `with timer("gen"): ...`. A stage that is entered again adds up.
+
+    Devices run behind the host: what is timed must fetch a result, or it times the dispatch.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        return {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
+
+
+def _mean_max_min(name: str, x: np.ndarray) -> dict[str, float]:
+    if x.size == 0:
+        return {}
+    return {
+        f"{name}/mean": float(np.mean(x, dtype=np.float64)),
+        f"{name}/max": float(x.max()),
+        f"{name}/min": float(x.min()),
+    }
+
+
+def _metrics_of_a_prompt(values: np.ndarray, answers: list[Any] | None, seed: int) -> dict[str, float]:
+    k = len(values)
+    metrics = {f"mean@{k}": float(values.mean())}
+    if k == 1:
+        return metrics
+    metrics[f"std@{k}"] = float(values.std())
+    for n in [*(2**i for i in range(1, k.bit_length()) if 2**i < k), k]:
+        draws = _draws(k, n, seed)
+        drawn = {"best": values[draws].max(axis=1), "worst": values[draws].min(axis=1)}
+        if answers is not None:
+            drawn["maj"] = _of_the_commonest(values, answers, draws)
+        for name, result in drawn.items():
+            metrics[f"{name}@{n}/mean"] = float(result.mean())
+            metrics[f"{name}@{n}/std"] = float(result.std())
+    return metrics
+
+
+@lru_cache(maxsize=64)
+def _draws(k: int, n: int, seed: int) -> np.ndarray:
+    """[1000, n] of 0..k-1. RandomState and this order because verl has them: the same samples give the same numbers."""
+    return np.random.RandomState(seed).choice(k, size=(NUM_BOOTSTRAPS, n), replace=True)
+
+
+def _of_the_commonest(values: np.ndarray, answers: list[Any], draws: np.ndarray) -> np.ndarray:
+    """For each draw, the value of the first sample whose answer is the commonest; of equally common ones the first."""
+    number_of: dict[Any, int] = {}
+    codes = np.asarray([number_of.setdefault(answer, len(number_of)) for answer in answers])[draws]
+    votes = (codes[:, :, None] == codes[:, None, :]).sum(axis=2)
+    return values[draws[np.arange(len(draws)), votes.argmax(axis=1)]]
+
+
+def _k(metric: str) -> int:
+    """best@4/mean -> 4"""
+    return int(metric.split("@")[1].split("/")[0])
