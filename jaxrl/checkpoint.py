@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -52,7 +53,7 @@ class Checkpoints:
                     _remove(path)
         with _context():
             response = ocp.save_async(self._path(step), state, custom_metadata=meta)
-        self._pending = self._background.submit(self._finish, step, response)
+        self._pending = self._background.submit(self._finish, step, response.result)
 
     def wait(self) -> None:
         """Until the save under way is complete and old ones are gone; raises what it raised."""
@@ -86,8 +87,8 @@ class Checkpoints:
     def _path(self, step: int) -> epath.Path:
         return self._folder / f"global_step_{step}"
 
-    def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> None:
-        response.result()
+    def _finish(self, step: int, wait_until_complete: Callable[[], None]) -> None:
+        wait_until_complete()
         if jax.process_index() != 0:
             return
         pointer = self._folder / f".{LATEST_FILE}"

@@ -10,6 +10,7 @@ import json
 import logging
 import netrc
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ class Samples:
         prompts: Sequence[str],
         responses: Sequence[str],
         ground_truths: Sequence[Any],
-        rewards: Sequence[float] | np.ndarray,
+        rewards: Sequence[int | float] | np.ndarray,
         data_sources: Sequence[str],
     ) -> None:
         if self._lines is None:
@@ -119,7 +120,7 @@ class JsonLines:
 class Logger(Protocol):
     def __init__(self, run: Run, print_line: Callable[[str], None]) -> None: ...
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, int | float]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -130,7 +131,7 @@ class ConsoleLogger:
     def __init__(self, run: Run, print_line: Callable[[str], None]) -> None:
         self._run, self._print_line = run, print_line
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, int | float]) -> None:
         if "timing_s/step" in values:
             epoch, seconds = int(values["training/epoch"]), values["timing_s/step"]
             self._print_line(console_line(epoch, self._run.epochs, step, self._run.steps, values, seconds))
@@ -146,7 +147,7 @@ class JsonlLogger:
     def __init__(self, run: Run, print_line: Callable[[str], None]) -> None:
         self._lines = JsonLines(run.folder / "metrics.jsonl", run.first_step)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, int | float]) -> None:
         self._lines.write({"step": step, **values})
 
     def close(self) -> None:
@@ -164,7 +165,7 @@ class TensorBoardLogger:
         folder = str(run.folder / "tensorboard")
         self._writer = SummaryWriter(folder, purge_step=run.first_step, flush_secs=10, filename_suffix=suffix)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, int | float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -185,11 +186,20 @@ class WandbLogger:
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         if mode == "offline":
             log.warning("wandb runs offline: send it later with `wandb sync %s`", run.folder / "wandb" / "offline-*")
+        id_file = run.folder / "wandb_id.txt"  # a run that goes on is the same run there
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
         self._run = wandb.init(
-            project=run.project, name=run.experiment, config=run.config, dir=str(run.folder), mode=mode
+            project=run.project,
+            name=run.experiment,
+            config=run.config,
+            dir=str(run.folder),
+            mode=mode,
+            id=id_file.read_text(),
+            resume="allow",
         )
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, int | float]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:

@@ -71,7 +71,7 @@ def throughput_metrics(
     response_lengths: Int[np.ndarray, "B"],
     seconds: Mapping[str, float],
     num_devices: int,
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """Tokens a second and device, and milliseconds a token for each stage, from `Timer.seconds` of a whole step.
 
     `gen` is divided by the response tokens, every other stage by prompt and response tokens.
@@ -107,8 +107,8 @@ def memory_metrics() -> dict[str, float]:
 def validation_metrics(
     data_sources: Sequence[str],
     prompt_ids: Sequence[Hashable],
-    scores: Sequence[float],
-    extra: Mapping[str, Sequence[float | str | None]],
+    scores: Sequence[int | float],
+    extra: Mapping[str, Sequence[int | float | str | None]],
     *,
     seed: int = 42,
 ) -> dict[str, float]:

@@ -34,7 +34,9 @@ TRAINING_COLOR = "#4C78A8"
 VALIDATION_COLORS = ("#F58518", "#54A24B", "#B279A2", "#E45756", "#72B7B2")
 
 
-def console_line(epoch: int, epochs: int, step: int, steps: int, values: Mapping[str, float], seconds: float) -> str:
+def console_line(
+    epoch: int, epochs: int, step: int, steps: int, values: Mapping[str, int | float], seconds: float
+) -> str:
     """`[epoch 0/3] step 100/1200 | loss 0.0123 | kl 0.00045 | reward 0.312 | clip fraction 0.021 | 1.2 s`
 
     A metric the step does not have is left out (no actor update during the critic's warm-up).
@@ -47,7 +49,7 @@ def console_line(epoch: int, epochs: int, step: int, steps: int, values: Mapping
     return " | ".join([*parts, f"{seconds:.1f} s"])
 
 
-def validation_line(step: int, steps: int, values: Mapping[str, float]) -> str:
+def validation_line(step: int, steps: int, values: Mapping[str, int | float]) -> str:
     """`[validation] step 100/1200 | gsm8k/reward/mean@1 0.312`: the core metrics without their deviations."""
     shown = {name.removeprefix("val-core/"): value for name, value in values.items() if name.startswith("val-core/")}
     parts = [f"{name} {value:.3f}" for name, value in shown.items() if not name.endswith("/std")]
@@ -117,8 +119,7 @@ def plot_rewards(folder: Path, *, window: int = 10) -> Path:
     """`reward.png` from `metrics.jsonl`: the training reward by step, its running mean, and each validation."""
     training: dict[int, float] = {}
     validation: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in map(json.loads, (folder / "metrics.jsonl").open(encoding="utf-8")):
         if "critic/score/mean" in row:
             training[row["step"]] = row["critic/score/mean"]
         for name, value in row.items():

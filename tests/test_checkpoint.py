@@ -168,7 +168,7 @@ def test_killed_at_any_moment_the_last_complete_checkpoint_restores(tmp_path):
         process.stdout.readline()  # `first` is complete: the next save has started
         time.sleep(moments.uniform(0.0, 0.3))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         latest = checkpoints.latest()
         assert latest is not None and latest >= first
         state, meta = checkpoints.restore(latest, abstract)
