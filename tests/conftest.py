@@ -1,0 +1,6 @@
+"""Every test sees eight CPU devices, so that a mesh is real everywhere."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
