@@ -1,0 +1,224 @@
+"""Every compiled program of training: logprobs, values, and the steps of actor and critic.
+
+A mini-batch arrives as micro-batches stacked on a leading axis [M, R, ...]; a loop with a trip count known at run time
+adds up their gradients, so one program serves any number of micro-batches. Losses carry global normalisers
+(`algorithms/losses.py`), so sums over micro-batches, rows and devices are the loss of the whole mini-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .algorithms.choose import bind, choose
+from .algorithms.kl import KL_ESTIMATORS
+from .algorithms.losses import POLICY_LOSSES, clipped_value
+from .batch import PackedRows, PolicyTargets, ValueTargets
+from .models import decoder
+from .models.config import ModelConfig
+from .models.logprobs import target_logprobs
+from .optimizer import Optimizer, OptState
+from .packing import Layout
+from .parallel import fetch, put_replicated, put_rows, use_mesh
+
+Tree = Any
+
+
+class TrainState(NamedTuple):
+    """What a role trains: the arrays its optimizer moves ("lora" where there are adapters, else "params")."""
+
+    trained: Tree
+    opt_state: OptState
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The actor's objective (verl's names)."""
+
+    name: str | Callable = "vanilla"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    clip_c: float = 3.0
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    dro_beta: float = 0.05
+    entropy_coeff: float = 0.0
+    kl_loss_coef: float = 0.0  # 0: no KL term in the loss
+    kl_loss_type: str = "low_var_kl"
+    temperature: float = 1.0
+
+
+def _micro(tree: Tree, i: Array) -> Tree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _hidden(config: ModelConfig, variables: Tree, rows: PackedRows, head: str) -> Array:
+    with jax.named_scope("decoder"):
+        return decoder.hidden_states(
+            config, variables, rows.tokens, rows.positions, rows.segments, rows.prefixes, head=head
+        )
+
+
+def _logprobs(config: ModelConfig, variables: Tree, rows: PackedRows, num_slots: Array, temperature: float):
+    hidden = _hidden(config, variables, rows, "lm")
+    table = decoder.head_table(config, variables["params"])
+    with jax.named_scope("logprobs"):
+        return target_logprobs(
+            hidden, table, rows.target_columns, rows.target_ids, num_slots, temperature=temperature
+        )
+
+
+def _values(config: ModelConfig, variables: Tree, rows: PackedRows) -> Array:
+    hidden = _hidden(config, variables, rows, "score")
+    picked = jnp.take_along_axis(hidden, rows.target_columns[..., None], axis=1)
+    return decoder.score(variables["params"], picked)[..., 0]
+
+
+class Programs:
+    """The compiled programs of one role on one mesh."""
+
+    def __init__(self, mesh: jax.sharding.Mesh):
+        self.mesh = mesh
+        self.jitted: list[Any] = []
+
+    def jit(self, function: Callable, **kwargs: Any) -> Callable:
+        jitted = jax.jit(function, **kwargs)
+        self.jitted.append(jitted)
+
+        def call(*args):
+            with use_mesh(self.mesh):
+                return jitted(*args)
+
+        return call
+
+    @property
+    def num_compiled(self) -> int:
+        return sum(f._cache_size() for f in self.jitted)
+
+    def put(self, layout: Layout, extra: Tree = ()) -> tuple:
+        """A layout and per-target arrays [M, R, S] on the device: (rows, extra, num_slots, num_micro_batches)."""
+        rows, extra = put_rows(self.mesh, (layout.rows, extra), axis=1)
+        counts = put_replicated(self.mesh, (layout.num_slots, np.int32(layout.num_micro_batches)))
+        return rows, extra, *counts
+
+
+class Policy(Programs):
+    """Logprobs and policy steps of the actor; logprobs of a reference are the same program with other variables."""
+
+    def __init__(self, mesh, config: ModelConfig, optimizer: Optimizer | None, loss: PolicyLoss):
+        super().__init__(mesh)
+        self.config, self.optimizer, self.loss = config, optimizer, loss
+        self._logprobs = self.jit(self._all_logprobs)
+        self._step = self.jit(self._train_step, donate_argnums=0)
+
+    def logprobs(self, variables: Tree, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        """[B, T] logprobs and entropies of the targets."""
+        rows, _, num_slots, num_micro = self.put(layout)
+        logprobs, entropy = fetch(self._logprobs(variables, rows, num_slots, num_micro))
+        return layout.from_slots(logprobs), layout.from_slots(entropy)
+
+    def step(self, state: TrainState, frozen: Tree, layout: Layout, targets: PolicyTargets, lr: float, kl_coef: float = 0.0):
+        """One optimizer update on one mini-batch. Metrics are sums over trained tokens, but for grad_norm and the losses."""
+        rows, targets, num_slots, num_micro = self.put(layout, targets)
+        return self._step(state, frozen, rows, targets, num_slots, num_micro, jnp.float32(lr))
+
+    def _all_logprobs(self, variables, rows, num_slots, num_micro):
+        def body(i, out):
+            result = _logprobs(self.config, variables, _micro(rows, i), num_slots[i], self.loss.temperature)
+            return tuple(o.at[i].set(r) for o, r in zip(out, result, strict=True))
+
+        zeros = jnp.zeros(rows.target_ids.shape, jnp.float32)
+        return jax.lax.fori_loop(0, num_micro, body, (zeros, zeros))
+
+    def _token_losses(self, trained, frozen, rows: PackedRows, targets: PolicyTargets, num_slots):
+        c = self.loss
+        variables = merge(trained, frozen)
+        logprobs, entropy = _logprobs(self.config, variables, rows, num_slots, c.temperature)
+        mask, weights = rows.target_mask, targets.loss_weights
+        loss = bind(
+            choose(POLICY_LOSSES, c.name, "policy loss"),
+            clip_low=c.clip_low, clip_high=c.clip_high, clip_c=c.clip_c, tau_pos=c.tau_pos, tau_neg=c.tau_neg,
+            dro_beta=c.dro_beta, rollout_weights=targets.rollout_weights, sequence_ids=rows.target_sequences,
+        )  # fmt: skip
+        token_loss, sums = loss(logprobs, targets.old_logprobs, targets.advantages, mask)
+        pg_loss = total = jnp.sum(token_loss * weights)
+        entropy_loss = jnp.sum(jnp.where(mask, entropy, 0.0) * weights)
+        if c.entropy_coeff:
+            total -= c.entropy_coeff * entropy_loss
+        metrics = {**sums, "entropy": jnp.sum(jnp.where(mask, entropy, 0.0))}
+        losses = {"pg_loss": pg_loss, "entropy_loss": entropy_loss}
+        if c.kl_loss_coef:
+            kl = KL_ESTIMATORS[c.kl_loss_type](logprobs, targets.ref_logprobs)
+            losses["kl_loss"] = jnp.sum(jnp.where(mask, kl, 0.0) * weights)
+            total += c.kl_loss_coef * losses["kl_loss"]
+        return total, (metrics, losses)
+
+    def _train_step(self, state: TrainState, frozen, rows, targets, num_slots, num_micro, lr):
+        grads, (sums, losses) = accumulate(self._token_losses, state.trained, frozen, rows, targets, num_slots, num_micro)
+        trained, opt_state, grad_norm = self.optimizer.update(grads, state.opt_state, state.trained, lr)
+        return TrainState(trained, opt_state), {"sums": sums, "losses": losses, "grad_norm": grad_norm}
+
+
+class Critic(Programs):
+    """Values and value steps."""
+
+    def __init__(self, mesh, config: ModelConfig, optimizer: Optimizer, cliprange_value: float):
+        super().__init__(mesh)
+        self.config, self.optimizer, self.cliprange_value = config, optimizer, cliprange_value
+        self._values = self.jit(self._all_values)
+        self._step = self.jit(self._train_step, donate_argnums=0)
+
+    def values(self, variables: Tree, layout: Layout) -> np.ndarray:
+        """[B, T] values of the targets."""
+        rows, _, _, num_micro = self.put(layout)
+        return layout.from_slots(fetch(self._values(variables, rows, num_micro)))
+
+    def step(self, state: TrainState, frozen: Tree, layout: Layout, targets: ValueTargets, lr: float):
+        rows, targets, num_slots, num_micro = self.put(layout, targets)
+        return self._step(state, frozen, rows, targets, num_slots, num_micro, jnp.float32(lr))
+
+    def _all_values(self, variables, rows, num_micro):
+        def body(i, out):
+            return out.at[i].set(_values(self.config, variables, _micro(rows, i)))
+
+        return jax.lax.fori_loop(0, num_micro, body, jnp.zeros(rows.target_ids.shape, jnp.float32))
+
+    def _token_losses(self, trained, frozen, rows: PackedRows, targets: ValueTargets, num_slots):
+        del num_slots
+        values = _values(self.config, merge(trained, frozen), rows)
+        token_loss, sums = clipped_value(
+            values, targets.old_values, targets.returns, rows.target_mask, clip=self.cliprange_value
+        )
+        loss = jnp.sum(token_loss * targets.loss_weights)
+        sums = {**sums, "vpred_mean": jnp.sum(jnp.where(rows.target_mask, values, 0.0))}
+        return loss, (sums, {"vf_loss": loss})
+
+    def _train_step(self, state: TrainState, frozen, rows, targets, num_slots, num_micro, lr):
+        grads, (sums, losses) = accumulate(self._token_losses, state.trained, frozen, rows, targets, num_slots, num_micro)
+        trained, opt_state, grad_norm = self.optimizer.update(grads, state.opt_state, state.trained, lr)
+        return TrainState(trained, opt_state), {"sums": sums, "losses": losses, "grad_norm": grad_norm}
+
+
+def merge(trained: Tree, frozen: Tree) -> Tree:
+    """The variables of a model from what is trained and what is not: collections side by side."""
+    return {**frozen, **trained}
+
+
+def accumulate(loss: Callable, trained: Tree, frozen: Tree, rows, targets, num_slots, num_micro):
+    """Gradients, sums and losses added over the first `num_micro` micro-batches (all of them at least one)."""
+    gradient = jax.grad(loss, has_aux=True)
+
+    def one(i):
+        return gradient(trained, frozen, _micro(rows, i), _micro(targets, i), num_slots[i])
+
+    def body(i, carry):
+        return jax.tree.map(jnp.add, carry, one(i))
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jnp.int32(0)))
+    return jax.lax.fori_loop(0, num_micro, body, zeros)
