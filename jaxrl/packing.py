@@ -7,6 +7,7 @@ the same hidden states and the same gradient to rounding.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,10 +68,7 @@ class Layout:
         return out
 
 
-@dataclass
-class _Row:
-    used: int = 0  # tokens
-    units: list[tuple[int, list[int]]] | None = None  # (prompt, its responses here)
+Unit = tuple[int, int, list[int]]  # what must lie together: (tokens, prompt, its responses)
 
 
 def pack(
@@ -85,52 +83,60 @@ def pack(
     """Lay the `chosen` sequences into rows of `row_length` tokens, and the rows into micro-batches.
 
     Longest first into the fullest row that has room (best fit): within a few percent of the fewest rows. Rows are then
-    dealt to micro-batches so that the full ones are used up before the padded ones. Deterministic.
+    dealt to micro-batches in turn, so that each gets its share of the well-filled ones. Deterministic.
     """
-    units = _units(sequences, chosen, row_length, share_prompt)
-    rows: list[_Row] = []
-    for length, prompt, responses in sorted(units, key=lambda unit: -unit[0]):
-        room = [row for row in rows if row.used + length <= row_length]
-        row = max(room, key=lambda row: row.used, default=None)
-        if row is None:
-            row = _Row(units=[])
-            rows.append(row)
-        row.used += length
-        row.units.append((prompt, responses))
+    rows = _best_fit(_units(sequences, chosen, row_length, share=False), row_length)
+    if share_prompt:
+        # Usually fewer rows; but a group of a little more than half a row takes one for itself, and its sequences, each
+        # with the prompt, may fit better.
+        shared = _best_fit(_units(sequences, chosen, row_length, share=True), row_length)
+        rows = shared if len(shared) <= len(rows) else rows
     num = -(-len(rows) // rows_per_micro_batch)
     if num > max_micro_batches:
         raise ValueError(
             f"{len(rows)} packed rows of {row_length} tokens need {num} micro-batches of {rows_per_micro_batch} rows, "
             f"and the program was compiled for at most {max_micro_batches}"
         )
-    # Rows dealt round, so that every micro-batch gets its share of the well-filled ones.
-    order = [row for m in range(num) for row in rows[m::num]]
-    places, start = [], 0
-    for m in range(num):
-        size = len(rows[m::num])
-        places += [(m, r) for r in range(size)]
-        start += size
-    return _fill(sequences, list(zip(places, order, strict=True)), row_length, rows_per_micro_batch, max_micro_batches, num)
+    places = [(m, r, row) for m in range(num) for r, row in enumerate(rows[m::num])]
+    return _fill(sequences, places, (max_micro_batches, rows_per_micro_batch, row_length), num)
 
 
-def max_micro_batches(num_sequences: int, longest_unit: int, row_length: int, rows_per_micro_batch: int) -> int:
-    """Micro-batches that any `num_sequences` sequences fit in.
+def max_micro_batches(num_sequences: int, longest_sequence: int, row_length: int, rows_per_micro_batch: int) -> int:
+    """Micro-batches that any `num_sequences` sequences of at most `longest_sequence` tokens, prompt included, fit in.
 
-    Best fit leaves no two rows that could be one, so rows are on average more than half full.
+    With room for k of the longest in a row, best fit opens a new row only when every other holds at least k sequences.
     """
-    per_row = max(1, row_length // longest_unit)
+    per_row = max(1, row_length // longest_sequence)
     return -(-num_sequences // (per_row * rows_per_micro_batch))
 
 
-def _units(sequences: Sequences, chosen: Sequence[int], row_length: int, share: bool) -> list[tuple[int, int, list[int]]]:
-    """What must lie together: (tokens, prompt, responses). A group that outgrows a row is cut, its prompt repeated."""
-    lengths, units = sequences.lengths, []
+def _best_fit(units: list[Unit], row_length: int) -> list[list[Unit]]:
+    """The units of each row."""
+    rows: list[list[Unit]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    for unit in sorted(units, key=lambda unit: -unit[0]):
+        at = bisect_left(rooms, (unit[0], -1))
+        if at == len(rooms):
+            rows.append([])
+            room, row = row_length, len(rows) - 1
+        else:
+            room, row = rooms.pop(at)
+        rows[row].append(unit)
+        insort(rooms, (room - unit[0], row))
+    return rows
+
+
+def _units(sequences: Sequences, chosen: Sequence[int], row_length: int, *, share: bool) -> list[Unit]:
+    """Each response with its prompt; with `share` a group with its prompt, cut where it outgrows a row."""
+    lengths = sequences.lengths
+    units: list[Unit] = []
     groups: dict[int, list[int]] = {}
     for b in chosen:
         groups.setdefault(int(sequences.group[b]), []).append(int(b))
     for prompt, members in groups.items():
         start = len(sequences.prompts[prompt])
-        current, used = [], start
+        current: list[int] = []
+        used = start
         for b in members:
             if start + lengths[b] > row_length:
                 raise ValueError(
@@ -146,17 +152,20 @@ def _units(sequences: Sequences, chosen: Sequence[int], row_length: int, share: 
     return units
 
 
-def _fill(sequences: Sequences, placed, row_length: int, num_rows: int, num_micro: int, used_micro: int) -> Layout:
+def _fill(
+    sequences: Sequences, places: list[tuple[int, int, list[Unit]]], shape: tuple[int, int, int], num_micro: int
+) -> Layout:
+    """Write the units of the row at each place (micro-batch, row) into arrays of `shape` [M, R, T]."""
     B, T_response = sequences.tokens.shape
-    shape = (num_micro, num_rows, row_length)
+    num_rows, row_length = shape[1:]
     tokens, positions, segments, prefixes = (np.zeros(shape, np.int32) for _ in range(4))
     ids, columns = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     mask, owner = np.zeros(shape, bool), np.full(shape, B, np.int32)
     slot = np.full((B, T_response), -1, np.int64)
-    num_slots = np.zeros(num_micro, np.int32)
-    for (m, r), row in placed:
+    num_slots = np.zeros(shape[0], np.int32)
+    for m, r, units in places:
         column = next_slot = segment = 0
-        for prompt, responses in row.units:
+        for _, prompt, responses in units:
             prompt_ids = sequences.prompts[prompt]
             shared = len(responses) > 1
             segment += 1
@@ -183,4 +192,4 @@ def _fill(sequences: Sequences, placed, row_length: int, num_rows: int, num_micr
                 column, next_slot = here.stop, slots.stop
         num_slots[m] = max(num_slots[m], next_slot)
     packed = PackedRows(tokens, positions, segments, prefixes, ids, columns, mask, owner)
-    return Layout(packed, used_micro, num_slots, slot)
+    return Layout(packed, num_micro, num_slots, slot)
