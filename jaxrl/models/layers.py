@@ -7,6 +7,7 @@ and values to the attended values and whatever the caller wants back (nothing in
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -41,7 +42,7 @@ class Dense(nn.Module):
     use_bias: bool = False
 
     def setup(self):
-        _, _, self.inputs, self.outputs = _split_equation(self.equation)
+        self.inputs, self.outputs = _split_equation(self.equation)
         self.kernel = self.param("kernel", logical(INIT, self.axes), self.shape)
         num_in = len(self.inputs)
         if self.use_bias:
@@ -56,7 +57,7 @@ class Dense(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         dtype = x.dtype
-        y = jnp.einsum(self.equation, x, self.kernel.astype(dtype))
+        y = _product(x, self.kernel, len(self.inputs))
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a").astype(dtype), self.get_variable("lora", "b").astype(dtype)
             low = jnp.einsum(f"bt{self.inputs},{self.inputs}r->btr", x, a)
@@ -64,11 +65,43 @@ class Dense(nn.Module):
         return y + self.bias.astype(dtype) if self.use_bias else y
 
 
-def _split_equation(equation: str) -> tuple[str, str, str, str]:
-    """'btd,dnh->btnh' -> ('btd', 'dnh', 'd', 'nh'): operands, then the kernel's input and output letters."""
+def _split_equation(equation: str) -> tuple[str, str]:
+    """'btd,dnh->btnh' -> ('d', 'nh'): the kernel's input and output letters."""
     x, rest = equation.split(",")
-    kernel, y = rest.split("->")
-    return x, kernel, x[2:], y[2:]
+    return x[2:], rest.split("->")[1][2:]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, kernel: Array, num_in: int) -> Array:
+    """x [B T in..] times kernel [in.. out..], in the dtype of x; the kernel's gradient is summed in float32.
+
+    The gradient is written by hand for the order of its operands: XLA transposes the left one, so that is the narrower.
+    Autodiff has the output's gradient there, and the transposition is then fused into its elementwise work (an update of
+    a 135M model on two CPU cores took a fifth longer).
+    """
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), ((_last(x, num_in), tuple(range(num_in))), ((), ())))
+
+
+def _product_forward(x, kernel, num_in):
+    return _product(x, kernel, num_in), (x, kernel)
+
+
+def _product_backward(num_in, saved, g):
+    x, kernel = saved
+    num_out = kernel.ndim - num_in
+    dx = jax.lax.dot_general(g, kernel.astype(x.dtype), ((_last(g, num_out), _last(kernel, num_out)), ((), ())))
+    tokens = (((0, 1), (0, 1)), ((), ()))
+    if x.size <= g.size:
+        return dx, jax.lax.dot_general(x, g, tokens, preferred_element_type=kernel.dtype)
+    swapped = jax.lax.dot_general(g, x, tokens, preferred_element_type=kernel.dtype)
+    return dx, swapped.transpose(*range(num_out, kernel.ndim), *range(num_out))
+
+
+def _last(x: Array, num: int) -> tuple[int, ...]:
+    return tuple(range(x.ndim - num, x.ndim))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class RMSNorm(nn.Module):
