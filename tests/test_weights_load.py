@@ -298,23 +298,8 @@ def test_index_that_disagrees_with_its_shards_is_refused(copy):
     with pytest.raises(ValueError, match=r"stands in \S+ and again in"):
         load(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight')
-    with pytest.raises(ValueError, match="is not a safetensors index"):
+    with pytest.raises(ValueError, match="is not an index of weights"):
         load(folder)
-
-
-def test_flax_layout_under_the_torch_file_name_is_refused(copy):
-    folder = copy("llama31")
-    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "flax"})
-    with pytest.raises(ValueError, match="holds weights in 'flax' layout"):
-        load(folder)
-
-
-def test_folder_without_safetensors_says_what_it_holds_instead(tmp_path):
-    with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor"):
-        open_checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds no model\.safetensors but pytorch_model\.bin"):
-        open_checkpoint(tmp_path)
 
 
 def test_resolve_names_what_was_tried(tmp_path, monkeypatch):
@@ -338,3 +323,33 @@ def test_unreachable_hub_is_said_in_one_sentence(monkeypatch):
         ValueError, match=r"model 'no-such-owner/no-such-model' is not a local folder, and fetching it from"
     ):
         resolve("no-such-owner/no-such-model")
+
+
+@pytest.mark.parametrize(
+    "stored, fetched, left",
+    [
+        (["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"], "*.safetensors", "pytorch_model*.bin"),
+        (["pytorch_model-00001-of-00002.bin", "tf_model.h5"], "pytorch_model*.bin", "*.safetensors"),
+        (["flax_model.msgpack"], "flax_model*.msgpack", "pytorch_model*.bin"),
+    ],
+)
+def test_one_kind_of_weights_is_fetched_from_the_hub(monkeypatch, tmp_path, stored, fetched, left):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(model_id, **options):
+        asked.update(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, model_id: ["config.json", *stored])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve("owner/model") == tmp_path
+    assert fetched in asked["allow_patterns"] and left not in asked["allow_patterns"]
+    assert "*.json" in asked["allow_patterns"]
+
+
+def test_adapter_as_a_model_is_told_from_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is an adapter and not a model: merge it first, .*--merge-lora"):
+        resolve(tmp_path)

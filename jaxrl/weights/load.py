@@ -6,87 +6,31 @@ What is stored and what the model wants are compared by name and shape before th
 
 from __future__ import annotations
 
-import json
+import fnmatch
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  # numpy knows bfloat16 once this is imported; safetensors needs it to
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ..models.config import ModelConfig
 from .folder import load_hf_config
+from .formats import kind_of, open_checkpoint
 from .gguf import QUICKSTART, cached_hf_folder, quickstart_model
 from .hf_names import EMBEDDING, IGNORED, LM_HEAD, Index, Row, axis_sizes, flatten, head_of, rows
-from .safetensors_writer import DTYPES
+from .stored import Checkpoint, StoredTensor
 
 Tree = dict[str, Any]
 _ROWS_AT_ONCE = 4096  # of the two tables, when they are compared
 
-# The rest of a model repository (originals in other layouts, pickles, pictures) is not fetched.
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "spiece.model")
+# Of a repository on the Hub: what stands beside the weights, and the first kind of weights that it has. The rest
+# (originals in other layouts, the same model again, pictures) is not fetched.
+_HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model")
+_HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "flax_model*.msgpack", "adapter_model.bin")
 _HUB_SKIPPED = ("consolidated*", "original/*", "onnx/*")
-
-
-class StoredTensor(NamedTuple):
-    """A tensor of a checkpoint that has not been read."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    file: str
-
-
-class Checkpoint:
-    """The named tensors of a folder, single or sharded safetensors, read by slice. `bytes_read` counts what was."""
-
-    def __init__(self, folder: Path, files: Mapping[str, Any], tensors: Mapping[str, StoredTensor]):
-        self.folder = folder
-        self.tensors = tensors
-        self.bytes_read = 0
-        self._files = files
-
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The slice `index` of a tensor, or all of it."""
-        stored = self._files[self.tensors[name].file].get_slice(name)
-        if index is None:
-            array = stored[...]
-        else:  # safetensors refuses a slice that ends beyond the tensor
-            cuts = zip(index, self.tensors[name].shape, strict=True)
-            array = stored[tuple(slice(*cut.indices(size)[:2]) for cut, size in cuts)]
-        self.bytes_read += array.nbytes
-        return array
-
-
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open the safetensors of a folder and check that its files, its index and its headers agree."""
-    folder = Path(folder)
-    index_path = folder / "model.safetensors.index.json"
-    weight_map = _weight_map(index_path) if index_path.is_file() else None
-    names = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
-    if weight_map is None and not (folder / names[0]).is_file():
-        raise ValueError(_no_safetensors(folder))
-    files, tensors = {}, {}
-    for name in names:
-        files[name] = _open_file(folder / name)
-        for tensor in files[name].keys():
-            if tensor in tensors:
-                raise ValueError(f"{folder}: tensor {tensor} stands in {tensors[tensor].file} and again in {name}")
-            stored = files[name].get_slice(tensor)
-            if stored.get_dtype() not in DTYPES:
-                raise ValueError(
-                    f"{folder / name}: tensor {tensor} has dtype {stored.get_dtype()}, which is not read here"
-                )
-            tensors[tensor] = StoredTensor(tuple(stored.get_shape()), DTYPES[stored.get_dtype()], name)
-    for tensor, name in (weight_map or {}).items():
-        if tensor not in tensors or tensors[tensor].file != name:
-            raise ValueError(
-                f"{index_path} says that tensor {tensor} is in {name}, and it is not: fetch the checkpoint again"
-            )
-    return Checkpoint(folder, files, tensors)
 
 
 def load_params(
@@ -127,9 +71,14 @@ def resolve(path_or_id: str | Path) -> Path:
     if str(path_or_id) == QUICKSTART:
         return cached_hf_folder(quickstart_model())
     path = Path(path_or_id).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and kind_of(path) == "gguf":
         return cached_hf_folder(path)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise ValueError(
+                f"model path {path} is an adapter and not a model: merge it first, "
+                f"`python scripts/convert_checkpoint.py {path} OUT --merge-lora`"
+            )
         if not (path / "config.json").is_file():
             raise ValueError(f"model path {path} holds no config.json: name a Hugging Face folder or a .gguf file")
         return path
@@ -144,58 +93,24 @@ def resolve(path_or_id: str | Path) -> Path:
 
 def _download(model_id: str) -> Path:
     import httpx
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    failures = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError)
     try:
-        folder = snapshot_download(model_id, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_SKIPPED))
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        stored = HfApi().list_repo_files(model_id)
+        weights = [next((kind for kind in _HUB_WEIGHTS if fnmatch.filter(stored, kind)), _HUB_WEIGHTS[0])]
+    except failures:  # without a network, what was fetched before is taken; without that, the next call says why
+        weights = list(_HUB_WEIGHTS)
+    try:
+        folder = snapshot_download(model_id, allow_patterns=[*_HUB_FILES, *weights], ignore_patterns=list(_HUB_SKIPPED))
+    except failures as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"model {model_id!r} is not a local folder, and fetching it from {constants.ENDPOINT} failed "
             f"({type(error).__name__}: {reason}): check the id and the network, or name a local folder"
         ) from error
     return Path(folder)
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index of a sharded checkpoint."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a safetensors index ({error!r}): fetch the checkpoint again") from error
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{path} places tensor {tensor} in {name!r}: a shard must be a .safetensors file beside the index"
-            )
-        if not (path.parent / name).is_file():
-            raise ValueError(
-                f"{path} places tensor {tensor} in {name}, which does not exist: fetch the checkpoint again"
-            )
-    return weight_map
-
-
-def _open_file(path: Path) -> Any:
-    try:
-        file = safe_open(path, "np")
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}): it is damaged or cut short, fetch it again") from error
-    layout = (file.metadata() or {}).get("format", "pt")
-    if layout in ("flax", "tf"):  # transposed kernels under names of their own
-        raise ValueError(f"{path} holds weights in {layout!r} layout: export the model from torch")
-    return file
-
-
-def _no_safetensors(folder: Path) -> str:
-    others = ("pytorch_model*.bin*", "flax_model*.msgpack*", "tf_model.h5", "consolidated*", "*.gguf")
-    found = sorted(path.name for pattern in others for path in folder.glob(pattern))
-    if found:
-        return (
-            f"{folder} holds no model.safetensors but {', '.join(found)}, which is not read from a folder: "
-            "save the model with transformers' save_pretrained, or name a .gguf file itself"
-        )
-    return f"{folder} holds neither model.safetensors nor model.safetensors.index.json"
 
 
 def _check_coverage(
