@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from ..models.config import ModelConfig
+from .bnb import dequantized, packed_tensors
 from .folder import load_hf_config
 from .formats import kind_of, open_checkpoint
 from .gguf import QUICKSTART, cached_hf_folder, quickstart_model
@@ -40,14 +41,23 @@ def load_params(
     *,
     allow_missing: Collection[str] = (),
     check_finite: bool = False,
+    dequantize: bool = False,
 ) -> Tree:
     """Fill a tree of `jax.ShapeDtypeStruct` (shape, dtype and, where given, sharding of each array) from a checkpoint.
 
     Tensors are cast to the wanted dtype slice by slice. Paths in `allow_missing` ("score.kernel") that the checkpoint
-    does not hold come back as None, for the caller to initialise. `check_finite` refuses NaN and infinity.
+    does not hold come back as None, for the caller to initialise. `check_finite` refuses NaN and infinity; `dequantize`
+    turns the 4-bit weights of bitsandbytes into numbers, which are else refused.
     Raises ValueError, naming tensor, expected and found, where checkpoint and model differ.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
+    packed = packed_tensors(checkpoint)
+    if packed and not dequantize:
+        raise ValueError(
+            f"{checkpoint.folder} holds {len(packed)} matrices in 4 bits of bitsandbytes: "
+            "ask for dequantize=True to load them as numbers"
+        )
+    checkpoint = dequantized(checkpoint) if packed else checkpoint
     head = head_of(abstract_params)
     table, sizes = rows(config, head=head), axis_sizes(config)
     wanted = dict(flatten(abstract_params))
