@@ -101,7 +101,7 @@ class ModelConfig:
 
 
 def _rope(config: Mapping[str, Any], get) -> Rope:
-    """Rope settings from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (transformers 4)."""
+    """Rope settings from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in ROPE_KINDS:
@@ -121,6 +121,6 @@ def _refuse_unsupported(config: Mapping[str, Any], get) -> None:
     if activation not in ("silu", "swish"):
         raise ValueError(f"hidden_act {activation!r} is not one that family {config['model_type']!r} has here (silu)")
     if config.get("use_sliding_window"):
-        raise ValueError("use_sliding_window is set, and sliding-window attention is not built yet: refusing to ignore it")
+        raise ValueError("use_sliding_window is set, and sliding-window attention is not built: refusing to ignore it")
     if config.get("quantization_config"):
-        raise ValueError("quantization_config is set, and quantised checkpoints are not built yet: refusing to ignore it")
+        raise ValueError("quantization_config is set, and quantised checkpoints are not built: refusing to ignore it")
