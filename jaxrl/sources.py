@@ -6,16 +6,15 @@ names it and the fix; `datasets` is imported only by the sources that need it, a
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from jaxrl.tasks import TASKS
+from jaxrl.user_code import import_function, is_user_function
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 KNOWN_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
@@ -46,8 +45,8 @@ def load_rows(source: Any, *, split: str | None = None, kwargs: Mapping[str, Any
     kwargs = dict(kwargs or {})
     if isinstance(source, str) and source.startswith("task:"):
         rows: Any = _rows_of_task(source.removeprefix("task:"), split, kwargs)
-    elif isinstance(source, str) and re.search(r"\.py:\w+$", source):
-        rows = _rows_of_function(_import_function(source), source, split, kwargs)
+    elif isinstance(source, str) and is_user_function(source):
+        rows = _rows_of_function(import_function(source, "data"), source, split, kwargs)
     elif isinstance(source, str) and _is_hub_id(source):
         rows = _rows_of_hub(source, split, kwargs)
     elif isinstance(source, (str, Path)) or _is_list_of_paths(source):
@@ -100,26 +99,6 @@ def _call(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> An
     except TypeError as error:
         raise ValueError(f"{name}: {error}; its parameters are {signature}") from None
     return function(**kwargs)
-
-
-def _import_function(path_and_name: str) -> Callable[..., Any]:
-    """The function named by `path/to/file.py:function`."""
-    path, _, name = path_and_name.rpartition(":")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"there is no file {path} (looked for the function {name} in it)")
-    spec = importlib.util.spec_from_file_location(f"jaxrl_user_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a module up by its name
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path} does not import: {type(error).__name__}: {error}") from error
-    if not callable(module.__dict__.get(name)):
-        known = ", ".join(n for n, value in module.__dict__.items() if inspect.isfunction(value)) or "none"
-        raise ValueError(f"{path} has no function {name}; its functions are: {known}")
-    return module.__dict__[name]
 
 
 def _is_hub_id(source: str) -> bool:

@@ -156,8 +156,9 @@ def test_wrong_functions_and_tasks_are_named(tmp_path):
     (tmp_path / "broken.py").write_text("import there_is_no_such_module\n")
     for source, kwargs, sentence in [
         (f"{tmp_path}/none.py:rows", {}, "there is no file .*none.py"),
-        (f"{tmp_path}/broken.py:rows", {}, "broken.py does not import: ModuleNotFoundError"),
-        (f"{tmp_path}/rows.py:row", {}, "has no function row; its functions are: rows"),
+        (f"{tmp_path}/broken.py:rows", {}, "importing .*broken.py failed: ModuleNotFoundError"),
+        (f"{tmp_path}/rows.py:row", {}, "has no function row; did you mean rows"),
+        (f"{tmp_path}/rows.py:other", {}, "has no function other; its functions are: rows"),
         (f"{tmp_path}/rows.py:rows", {}, "missing a required argument: 'size'; its parameters are \\(size\\)"),
         (f"{tmp_path}/rows.py:rows", {"size": 3}, "returned int: it must return or yield rows"),
         ("task:sums", {"size": 3}, "there is no task 'sums': the built-in tasks are arithmetic"),

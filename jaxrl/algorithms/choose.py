@@ -8,12 +8,14 @@ entries; which keyword-only arguments it has is its own affair, because it is gi
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
+
+from jaxrl.user_code import import_function, is_user_function
 
 
 def choose(table: Mapping[str, Callable], name: str | Callable, what: str) -> Callable:
-    """The entry called `name`, or `name` itself when it is already a function.
+    """The entry called `name`, the user's function `path/to/file.py:function`, or `name` itself when it is a function.
 
     `what` is the word for the thing in the error, for example "policy loss".
 
@@ -22,11 +24,18 @@ def choose(table: Mapping[str, Callable], name: str | Callable, what: str) -> Ca
     """
     if callable(name):
         return name
+    if is_user_function(name):
+        return _user_function(name, what)
     if name not in table:
         close = difflib.get_close_matches(name, table, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ValueError(f"Unknown {what} '{name}'.{hint} Known: {', '.join(table)}.")
     return table[name]
+
+
+@cache
+def _user_function(name: str, what: str) -> Callable:
+    return import_function(name, what)
 
 
 def bind(function: Callable, **available: Any) -> Callable:

@@ -15,17 +15,14 @@ parameters that it does not use. It returns, for a sample, a number, a bool, or 
 from __future__ import annotations
 
 import asyncio
-import difflib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from jaxrl.rewards.builtin import REWARDS, check_arguments
 from jaxrl.rewards.score import Sample, Score, describe, failed, score_of, score_one
+from jaxrl.user_code import import_function
 
 Emit = Callable[[int, Score], None]  # called once for each sample: its place in the batch, its score
 Kind = Literal["sample", "batch", "concurrent"]
@@ -60,7 +57,7 @@ def load(name: str, kwargs: Mapping[str, Any], *, timeout_s: float, max_concurre
         make = REWARDS[name].make
         check_arguments(f"reward {name}", make, kwargs)
         return _one_by_one(make(**kwargs))
-    function = _import_function(name)
+    function = import_function(name, "reward")
     parameters = inspect.signature(function).parameters
     of_batch = [key for key in _OF_BATCH if key in parameters]
     of_sample = [key for key in _OF_SAMPLE if key in parameters]
@@ -140,28 +137,3 @@ def _concurrently(call: Callable[[Sample], Any], timeout_s: float, max_concurren
 def timed_out(timeout_s: float) -> Score:
     """The score of a sample whose reward gave no answer in time."""
     return failed(f"no answer within {timeout_s:g} s")
-
-
-def _import_function(name: str) -> Callable[..., Any]:
-    file, _, attribute = name.rpartition(":")
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
-        raise ValueError(f"reward {name}: there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(f"jaxrl_user_reward_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"reward {name}: {path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
-    sys.path.insert(0, str(path.parent))  # so that the file may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"reward {name}: importing {path} failed: {describe(error)}.") from error
-    if attribute not in vars(module):
-        close = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean {close[0]}?" if close else "."
-        raise ValueError(f"reward {name}: {path} has no function {attribute}{hint}")
-    function = vars(module)[attribute]
-    if not callable(function):
-        raise ValueError(f"reward {name}: {attribute} in {path} is not a function but a {type(function).__name__}.")
-    return function

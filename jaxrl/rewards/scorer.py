@@ -42,15 +42,17 @@ def make_scorer(
     timeout_s: float = 10.0,
     num_workers: int | None = None,
     max_concurrent: int = 64,
+    started: Mapping[str, tuple[Reward, float]] | None = None,
 ) -> Scorer:
     """The scorer of `specs`: for each reward its name, its weight, and its keyword arguments.
 
     A name is a key of `REWARDS` or `path/to/file.py:function`. Rewards in worker processes have `timeout_s` for each
     sample (a function of whole batches: for each call) and `num_workers` processes (by default one a core, at most 4);
-    async functions score `max_concurrent` samples at once. Raises a ValueError for a reward that is unknown, does not
+    async functions score `max_concurrent` samples at once. `started` adds rewards that run already, each with its
+    weight, under their names (a reward model). Raises a ValueError for a reward that is unknown, does not
     import, or does not take its arguments.
     """
-    if not specs:
+    if not specs and not started:
         raise ValueError(f"there is no reward to score with; name one of {', '.join(REWARDS)}, or file.py:function.")
     if on_error not in ("report", "raise"):
         raise ValueError(f"on_error must be report or raise, not {on_error!r}.")
@@ -66,13 +68,16 @@ def make_scorer(
 
     rewards: dict[str, Reward] = {}
     weights: dict[str, float] = {}
-    with ExitStack() as started:  # closes the rewards before it if one does not start
+    with ExitStack() as stack:  # closes the rewards before it if one does not start
         for name, weight, kwargs in specs:
             reward = _start(name, kwargs, timeout_s=timeout_s, num_workers=num_workers, max_concurrent=max_concurrent)
-            started.callback(reward.close)
+            stack.callback(reward.close)
             label = _label(name, rewards)
             rewards[label], weights[label] = reward, weight
-        started.pop_all()
+        stack.pop_all()
+    for name, (reward, weight) in (started or {}).items():
+        label = _label(name, rewards)
+        rewards[label], weights[label] = reward, weight
     return Scorer(rewards, weights, error_reward=error_reward, on_error=on_error)
 
 
