@@ -33,6 +33,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     """A mesh of `data` x `fsdp` x `tensor` devices; one of the three may be -1: whatever is left."""
     devices = list(jax.devices() if devices is None else devices)
     shape = [data, fsdp, tensor]
+    if any(n < 1 and n != -1 for n in shape):
+        raise ValueError(f"mesh {data}x{fsdp}x{tensor}: an axis counts devices, 1 or more, or is -1: whatever is left")
     if shape.count(-1) > 1:
         raise ValueError(f"mesh {data}x{fsdp}x{tensor}: only one axis may be -1")
     if -1 in shape:
@@ -52,7 +54,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
 @contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Within it, the axis words in `models/` mean this mesh."""
-    with mesh, nn.logical_axis_rules(list(RULES.items())):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(list(RULES.items())):
         yield
 
 

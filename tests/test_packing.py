@@ -262,8 +262,8 @@ def test_no_result_depends_on_the_layout(policy, params, one_by_one, name):
     assert layout.num_micro_batches == (1 if "one" in name else 2)
     assert layout.rows.segments.max() > 1 and (layout.rows.segments != layout.rows.prefixes).any() == ("shared" in name)
     got = results(policy, params, layout)
-    # Sums in another order: float32 rounding of numbers of size 10 and, for gradients, of size 0.1.
-    for key, atol in {**dict.fromkeys(got, 2e-5), "gradients": 2e-7}.items():
+    # Sums in another order: float32 rounding of numbers up to 10 and, for gradients, up to 0.06.
+    for key, atol in {**dict.fromkeys(got, 5e-6), "gradients": 1e-7}.items():
         for (path, a), b in zip(jax.tree.leaves_with_path(got[key]), jax.tree.leaves(one_by_one[key]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol, err_msg=f"{key} {jax.tree_util.keystr(path)}")
 
