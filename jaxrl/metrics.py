@@ -169,6 +169,20 @@ class Timer:
         return {f"timing_s/{stage}": seconds for stage, seconds in self.seconds.items()}
 
 
+class CompileCounter:
+    """How many programs XLA has compiled in this process since this was made (`perf/recompiles` counts them by step).
+
+    After warm-up a step compiles nothing; where it does, a shape or a sharding has changed.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
 def _mean_max_min(name: str, x: np.ndarray) -> dict[str, float]:
     if x.size == 0:
         return {}

@@ -44,7 +44,7 @@ class PolicyLoss:
     name: str | Callable = "vanilla"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    clip_c: float = 3.0
+    clip_c: float | None = None  # None: the loss's own default
     tau_pos: float = 1.0
     tau_neg: float = 1.05
     dro_beta: float = 0.05
@@ -81,15 +81,14 @@ def _values(config: ModelConfig, variables: Tree, rows: PackedRows) -> Array:
 
 
 class Programs:
-    """The compiled programs of one role on one mesh."""
+    """The compiled programs of one role on one mesh: what actor and critic have in common."""
 
-    def __init__(self, mesh: jax.sharding.Mesh):
-        self.mesh = mesh
-        self.jitted: list[Any] = []
+    def __init__(self, mesh: jax.sharding.Mesh, config: ModelConfig, optimizer: Optimizer | None):
+        self.mesh, self.config, self.optimizer = mesh, config, optimizer
+        self._compiled_step: Callable | None = None
 
     def jit(self, function: Callable, **kwargs: Any) -> Callable:
         jitted = jax.jit(function, **kwargs)
-        self.jitted.append(jitted)
 
         def call(*args):
             with use_mesh(self.mesh):
@@ -97,36 +96,49 @@ class Programs:
 
         return call
 
-    @property
-    def num_compiled(self) -> int:
-        return sum(f._cache_size() for f in self.jitted)
-
     def put(self, layout: Layout, extra: Tree = ()) -> tuple:
         """A layout and per-target arrays [M, R, S] on the device: (rows, extra, num_slots, num_micro_batches)."""
         rows, extra = put_rows(self.mesh, (layout.rows, extra), axis=1)
         counts = put_replicated(self.mesh, (layout.num_slots, np.int32(layout.num_micro_batches)))
         return rows, extra, *counts
 
+    def step(self, state: TrainState, frozen: Tree, layout: Layout, targets: Tree, lr: float) -> tuple[TrainState, Tree]:
+        """One optimizer update on one mini-batch, in place of the old state.
+
+        The metrics are `sums` over trained tokens, `losses` as they are, and `grad_norm` before clipping; they stay on
+        the device until they are asked for.
+        """
+        if self._compiled_step is None:
+            shardings = jax.tree.map(lambda x: x.sharding, state)  # comes back as it came, so that it compiles once
+            self._compiled_step = self.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
+        rows, targets, num_slots, num_micro = self.put(layout, targets)
+        return self._compiled_step(state, frozen, rows, targets, num_slots, num_micro, put_replicated(self.mesh, np.float32(lr)))
+
+    def _step(self, state: TrainState, frozen, rows, targets, num_slots, num_micro, lr):
+        grads, (sums, losses) = accumulate(self._token_losses, state.trained, frozen, rows, targets, num_slots, num_micro)
+        assert self.optimizer is not None, "a role without an optimizer takes no steps"
+        with jax.named_scope("optimizer"):
+            trained, opt_state, grad_norm = self.optimizer.update(grads, state.opt_state, state.trained, lr)
+        return TrainState(trained, opt_state), {"sums": sums, "losses": losses, "grad_norm": grad_norm}
+
+    def _token_losses(self, trained, frozen, rows, targets, num_slots) -> tuple[Array, tuple[Tree, Tree]]:
+        """The loss of a micro-batch, with its sums and losses by name."""
+        raise NotImplementedError
+
 
 class Policy(Programs):
     """Logprobs and policy steps of the actor; logprobs of a reference are the same program with other variables."""
 
     def __init__(self, mesh, config: ModelConfig, optimizer: Optimizer | None, loss: PolicyLoss):
-        super().__init__(mesh)
-        self.config, self.optimizer, self.loss = config, optimizer, loss
+        super().__init__(mesh, config, optimizer)
+        self.loss = loss
         self._logprobs = self.jit(self._all_logprobs)
-        self._step = self.jit(self._train_step, donate_argnums=0)
 
     def logprobs(self, variables: Tree, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         """[B, T] logprobs and entropies of the targets."""
         rows, _, num_slots, num_micro = self.put(layout)
         logprobs, entropy = fetch(self._logprobs(variables, rows, num_slots, num_micro))
         return layout.from_slots(logprobs), layout.from_slots(entropy)
-
-    def step(self, state: TrainState, frozen: Tree, layout: Layout, targets: PolicyTargets, lr: float, kl_coef: float = 0.0):
-        """One optimizer update on one mini-batch. Metrics are sums over trained tokens, but for grad_norm and the losses."""
-        rows, targets, num_slots, num_micro = self.put(layout, targets)
-        return self._step(state, frozen, rows, targets, num_slots, num_micro, jnp.float32(lr))
 
     def _all_logprobs(self, variables, rows, num_slots, num_micro):
         def body(i, out):
@@ -159,29 +171,19 @@ class Policy(Programs):
             total += c.kl_loss_coef * losses["kl_loss"]
         return total, (metrics, losses)
 
-    def _train_step(self, state: TrainState, frozen, rows, targets, num_slots, num_micro, lr):
-        grads, (sums, losses) = accumulate(self._token_losses, state.trained, frozen, rows, targets, num_slots, num_micro)
-        trained, opt_state, grad_norm = self.optimizer.update(grads, state.opt_state, state.trained, lr)
-        return TrainState(trained, opt_state), {"sums": sums, "losses": losses, "grad_norm": grad_norm}
-
 
 class Critic(Programs):
     """Values and value steps."""
 
-    def __init__(self, mesh, config: ModelConfig, optimizer: Optimizer, cliprange_value: float):
-        super().__init__(mesh)
-        self.config, self.optimizer, self.cliprange_value = config, optimizer, cliprange_value
+    def __init__(self, mesh, config: ModelConfig, optimizer: Optimizer | None, cliprange_value: float):
+        super().__init__(mesh, config, optimizer)
+        self.cliprange_value = cliprange_value
         self._values = self.jit(self._all_values)
-        self._step = self.jit(self._train_step, donate_argnums=0)
 
     def values(self, variables: Tree, layout: Layout) -> np.ndarray:
         """[B, T] values of the targets."""
         rows, _, _, num_micro = self.put(layout)
         return layout.from_slots(fetch(self._values(variables, rows, num_micro)))
-
-    def step(self, state: TrainState, frozen: Tree, layout: Layout, targets: ValueTargets, lr: float):
-        rows, targets, num_slots, num_micro = self.put(layout, targets)
-        return self._step(state, frozen, rows, targets, num_slots, num_micro, jnp.float32(lr))
 
     def _all_values(self, variables, rows, num_micro):
         def body(i, out):
@@ -198,11 +200,6 @@ class Critic(Programs):
         loss = jnp.sum(token_loss * targets.loss_weights)
         sums = {**sums, "vpred_mean": jnp.sum(jnp.where(rows.target_mask, values, 0.0))}
         return loss, (sums, {"vf_loss": loss})
-
-    def _train_step(self, state: TrainState, frozen, rows, targets, num_slots, num_micro, lr):
-        grads, (sums, losses) = accumulate(self._token_losses, state.trained, frozen, rows, targets, num_slots, num_micro)
-        trained, opt_state, grad_norm = self.optimizer.update(grads, state.opt_state, state.trained, lr)
-        return TrainState(trained, opt_state), {"sums": sums, "losses": losses, "grad_norm": grad_norm}
 
 
 def merge(trained: Tree, frozen: Tree) -> Tree:

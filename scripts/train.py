@@ -13,8 +13,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         config = load(args.config, args.overrides)
+        from jaxrl.host_memory import keep_freed_memory
         from jaxrl.trainer import Trainer  # JAX starts only once the config holds together
 
+        keep_freed_memory()
         trainer = Trainer(config)
     except ValueError as error:
         sys.exit(f"error: {error}")

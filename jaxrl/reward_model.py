@@ -1,0 +1,65 @@
+"""A reward model: a Hugging Face sequence classifier with one label, run here, one more part of the reward.
+
+The conversation goes through the reward model's own chat template and tokenizer, so that it may be another model than
+the actor. Its score is what the head says at the last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .config import Model
+from .packing import Sequences, max_micro_batches, pack
+from .parallel import num_row_shards
+from .rewards import Sample, Score
+from .roles import abstract_variables, load_base, model_config
+from .update import Critic
+from .weights.load import resolve
+
+ROWS = 128  # packed rows are a multiple of it long
+
+
+class RewardModel:
+    """Scores samples; stands beside the reward functions in a `Scorer`."""
+
+    def __init__(self, path: str, mesh: jax.sharding.Mesh, model: Model, *, max_tokens: int):
+        source = resolve(path)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        self.mesh = mesh
+        self.rows = max(1, max_tokens // ROWS)  # of ROWS tokens in a micro-batch on one device
+        config = model_config(model, source)
+        self.critic = Critic(mesh, config, None, 0.0)
+        abstract = abstract_variables(mesh, config, "score", model.compute_dtype)
+        self.variables = {"params": load_base(source, config, abstract)}  # its head must be there, with one label
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        token_ids = [self._tokenize(sample) for sample in samples]
+        # One token more: its value is read where the last real token stands.
+        column = np.ones((len(samples), 1))
+        sequences = Sequences(
+            token_ids, np.arange(len(samples), dtype=np.int32), column.astype(np.int32) * 0,
+            column.astype(bool), column.astype(bool),
+        )  # fmt: skip
+        longest = max(map(len, token_ids)) + 1
+        row_length = ROWS << max(0, -(-longest // ROWS) - 1).bit_length()
+        rows = max(1, self.rows * ROWS // row_length) * num_row_shards(self.mesh)
+        layout = pack(
+            sequences, range(len(samples)), row_length=row_length, rows_per_micro_batch=rows, share_prompt=False,
+            max_micro_batches=max_micro_batches(len(samples), longest, row_length, rows),
+        )  # fmt: skip
+        values = self.critic.values(self.variables, layout)
+        return [Score(float(value)) for value in values[:, 0]]
+
+    def close(self) -> None:
+        self.variables = None
+
+    def _tokenize(self, sample: Sample) -> list[int]:
+        if sample.messages is None or self.tokenizer.chat_template is None:
+            return self.tokenizer(sample.prompt + sample.response)["input_ids"]
+        conversation = [*sample.messages, {"role": "assistant", "content": sample.response}]
+        text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
