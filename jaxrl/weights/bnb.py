@@ -115,8 +115,8 @@ def dequantized_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         if method != "bitsandbytes" or not settings.get("load_in_4bit"):
             bits = " in 8 bits" if settings.get("load_in_8bit") else ""
             raise ValueError(
-                f"quantization_config asks for {method!r}{bits}, and of quantised models only bitsandbytes in 4 bits is "
-                "read: take the model's original weights"
+                f"quantization_config asks for {method!r}{bits}, and only bitsandbytes in 4 bits is read here: "
+                "take the model's original weights"
             )
     return config
 

@@ -17,7 +17,7 @@ import numpy as np
 from ..models.config import ModelConfig
 from ..parallel import fetch
 from .folder import both_spellings, copy_companions, load_hf_config, new_folder, refuse_existing, write_json
-from .hf_names import CLASSES, EMBEDDING, Row, axis_sizes, flatten, head_of, rows
+from .hf_names import CLASSES, EMBEDDING, axis_sizes, flatten, head_of, in_order
 from .load import open_checkpoint
 from .safetensors_writer import TensorSpec, dtype_named, write_safetensors
 
@@ -30,7 +30,7 @@ def hf_tensors(params: Tree, config: ModelConfig) -> Iterator[tuple[str, np.ndar
     On several hosts each of them must run through the iterator, and each is given every tensor.
     """
     leaves = dict(flatten(params))
-    for row, layer in _in_order(config, head_of(params)):
+    for row, layer in in_order(config, head_of(params)):
         array = leaves[row.ours]
         yield row.hf.format(layer), row.to_hf(np.asarray(fetch(array[layer] if row.stacked else array)))
 
@@ -73,20 +73,10 @@ def export_hf(
         multihost_utils.sync_global_devices(f"exported {out_dir}")
 
 
-def _in_order(config: ModelConfig, head: str) -> Iterator[tuple[Row, int | None]]:
-    """The rows of a model as they come in a forward pass: those of layers once a layer."""
-    table = rows(config, head=head)
-    stacked = [row for row in table if row.stacked]
-    first = table.index(stacked[0])
-    yield from ((row, None) for row in table[:first])
-    yield from ((row, layer) for layer in range(config.num_layers) for row in stacked)
-    yield from ((row, None) for row in table[first + len(stacked) :])
-
-
 def _specs(config: ModelConfig, head: str, source: Path, dtype: str | None) -> list[TensorSpec]:
     """Name, shape and dtype of what will be written; a tensor that the source lacks has its embedding's dtype."""
     sizes = axis_sizes(config)
-    shapes = {row.hf.format(layer): row.hf_shape(sizes) for row, layer in _in_order(config, head)}
+    shapes = {row.hf.format(layer): row.hf_shape(sizes) for row, layer in in_order(config, head)}
     if dtype is not None:
         return [TensorSpec(name, shape, dtype_named(dtype)) for name, shape in shapes.items()]
     stored = open_checkpoint(source).tensors

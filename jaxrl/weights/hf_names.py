@@ -17,13 +17,12 @@ import numpy as np
 from einops import rearrange
 
 from ..models.config import ModelConfig
-
-Index = tuple[slice, ...]
+from .stored import Index
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Stored by old versions of transformers, computed by everyone.
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+# Stored by old versions of transformers, computed by everyone: rotary frequencies and causal masks.
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 # `model_type` -> how its classes begin: LlamaForCausalLM, LlamaForTokenClassification ...
 CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -111,6 +110,16 @@ def rows(config: ModelConfig, *, head: str = "lm") -> list[Row]:
         Row("norm.scale", "model.norm.weight", "d -> d"),
         *HEADS[head](config),
     ]
+
+
+def in_order(config: ModelConfig, head: str) -> Iterator[tuple[Row, int | None]]:
+    """The rows of a model as they come in a forward pass: those of layers once a layer."""
+    table = rows(config, head=head)
+    stacked = [row for row in table if row.stacked]
+    first = table.index(stacked[0])
+    yield from ((row, None) for row in table[:first])
+    yield from ((row, layer) for layer in range(config.num_layers) for row in stacked)
+    yield from ((row, None) for row in table[first + len(stacked) :])
 
 
 def head_of(params: Mapping[str, Any]) -> str:

@@ -17,15 +17,14 @@ import jax
 import numpy as np
 
 from ..models.config import ModelConfig
-from .bnb import dequantized, packed_tensors
+from .fit import fitted
 from .folder import load_hf_config
 from .formats import kind_of, open_checkpoint
 from .gguf import QUICKSTART, cached_hf_folder, quickstart_model
-from .hf_names import EMBEDDING, IGNORED, LM_HEAD, Index, Row, axis_sizes, flatten, head_of, rows
-from .stored import Checkpoint, StoredTensor
+from .hf_names import Row, axis_sizes, flatten, head_of, rows
+from .stored import Checkpoint, Index, StoredTensor
 
 Tree = dict[str, Any]
-_ROWS_AT_ONCE = 4096  # of the two tables, when they are compared
 
 # Of a repository on the Hub: what stands beside the weights, and the first kind of weights that it has. The rest
 # (originals in other layouts, the same model again, pictures) is not fetched.
@@ -42,27 +41,24 @@ def load_params(
     allow_missing: Collection[str] = (),
     check_finite: bool = False,
     dequantize: bool = False,
+    head_path: str | None = None,
 ) -> Tree:
     """Fill a tree of `jax.ShapeDtypeStruct` (shape, dtype and, where given, sharding of each array) from a checkpoint.
 
     Tensors are cast to the wanted dtype slice by slice. Paths in `allow_missing` ("score.kernel") that the checkpoint
     does not hold come back as None, for the caller to initialise. `check_finite` refuses NaN and infinity; `dequantize`
-    turns the 4-bit weights of bitsandbytes into numbers, which are else refused.
+    turns the 4-bit weights of bitsandbytes into numbers, which are else refused; `head_path` names the module of a
+    score head that is under none of the usual names (`heads.py`).
     Raises ValueError, naming tensor, expected and found, where checkpoint and model differ.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
-    packed = packed_tensors(checkpoint)
-    if packed and not dequantize:
-        raise ValueError(
-            f"{checkpoint.folder} holds {len(packed)} matrices in 4 bits of bitsandbytes: "
-            "ask for dequantize=True to load them as numbers"
-        )
-    checkpoint = dequantized(checkpoint) if packed else checkpoint
     head = head_of(abstract_params)
+    checkpoint = fitted(
+        checkpoint, config, head, allow_missing=allow_missing, head_path=head_path, dequantize=dequantize
+    )
     table, sizes = rows(config, head=head), axis_sizes(config)
     wanted = dict(flatten(abstract_params))
     assert wanted.keys() == {row.ours for row in table}, wanted.keys() ^ {row.ours for row in table}
-    _check_coverage(checkpoint, config, table, head, allow_missing)
     params: Tree = {}
     for row in table:
         struct = wanted[row.ours]
@@ -72,7 +68,7 @@ def load_params(
         for parent in parents:
             node = node.setdefault(parent, {})
         present = all(name in checkpoint.tensors for name in row.hf_names(config.num_layers))
-        node[leaf] = _load_array(checkpoint, row, struct, sizes, check_finite) if present else None
+        node[leaf] = load_array(checkpoint, row, struct, sizes, check_finite) if present else None
     return params
 
 
@@ -123,54 +119,7 @@ def _download(model_id: str) -> Path:
     return Path(folder)
 
 
-def _check_coverage(
-    checkpoint: Checkpoint, config: ModelConfig, table: list[Row], head: str, allow_missing: Collection[str]
-) -> None:
-    """Every tensor of the model is in the checkpoint, with the right shape, and nothing else is."""
-    sizes, stored = axis_sizes(config), checkpoint.tensors
-    expected = {name: row for row in table for name in row.hf_names(config.num_layers)}
-    missing = [name for name, row in expected.items() if name not in stored and row.ours not in allow_missing]
-    if missing:
-        raise ValueError(
-            f"{checkpoint.folder} lacks {_named('tensor', missing)} that this model needs"
-            f" (family {config.family}, {config.num_layers} layers, head {head!r})"
-        )
-    extra = [name for name in stored if name not in expected and not IGNORED.search(name)]
-    if LM_HEAD in extra:  # a critic drops it; a tied model may only repeat its embedding there
-        extra.remove(LM_HEAD)
-        if head == "lm" and not _equal(checkpoint, LM_HEAD, EMBEDDING):
-            raise ValueError(
-                f"{checkpoint.folder}: tensor {LM_HEAD} differs from {EMBEDDING}, and config.json says that they are "
-                "tied: set tie_word_embeddings to false there"
-            )
-    if extra:
-        raise ValueError(
-            f"{checkpoint.folder} holds {_named('tensor', extra)} that this model has no place for"
-            f" (family {config.family}, {config.num_layers} layers, head {head!r})"
-        )
-    for name, row in expected.items():
-        if name in stored and stored[name].shape != row.hf_shape(sizes):
-            raise ValueError(
-                f"{checkpoint.folder}: tensor {name} has shape {stored[name].shape}, expected {row.hf_shape(sizes)}"
-            )
-
-
-def _named(noun: str, names: list[str]) -> str:
-    """ "tensor a", "tensors a, b", "tensors a, b, c and 40 more"."""
-    shown = ", ".join(names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{noun}{'s' if len(names) > 1 else ''} {shown}{more}"
-
-
-def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
-    if a.shape != b.shape:
-        return False
-    cuts = [(slice(start, start + _ROWS_AT_ONCE), slice(None)) for start in range(0, a.shape[0], _ROWS_AT_ONCE)]
-    return all(np.array_equal(checkpoint.read(first, cut), checkpoint.read(second, cut)) for cut in cuts)
-
-
-def _load_array(
+def load_array(
     checkpoint: Checkpoint, row: Row, struct: jax.ShapeDtypeStruct, sizes: Mapping[str, int], check_finite: bool
 ) -> jax.Array:
     """One array of the tree, each distinct slice of it read once for all devices that hold it."""

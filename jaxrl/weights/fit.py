@@ -1,0 +1,104 @@
+"""A checkpoint made to fit a model: its names as the model expects them, everything there, and nothing else.
+
+What stands under another name (a head, a prefix) is renamed, what is packed is unpacked, what is stored twice or is
+only a table of constants is left out. The rest must be exactly the tensors of the model, or the difference is named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+import numpy as np
+
+from ..models.config import ModelConfig
+from .bnb import dequantized, packed_tensors
+from .folder import load_hf_config
+from .heads import VALUE_HEADS, find_head, unknown_head, with_score
+from .hf_names import EMBEDDING, IGNORED, LM_HEAD, Row, axis_sizes, in_order
+from .prefixes import with_expected_names
+from .stored import Checkpoint
+
+_ROWS_AT_ONCE = 4096  # of the two tables, when they are compared
+_log = logging.getLogger(__name__)
+
+
+def fitted(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    head: str,
+    *,
+    allow_missing: Collection[str] = (),
+    head_path: str | None = None,
+    dequantize: bool = False,
+) -> Checkpoint:
+    """The tensors of the model, in the order of a forward pass, under the names of `hf_names.py`.
+
+    `allow_missing` are paths of ours ("score.kernel") that may be absent, `head_path` is the module of a score head in
+    the checkpoint, `dequantize` says that 4-bit weights are wanted as numbers. Raises ValueError, naming the tensor, what
+    is expected and what is there, where checkpoint and model differ.
+    """
+    packed = packed_tensors(checkpoint)
+    if packed and not dequantize:
+        raise ValueError(
+            f"{checkpoint.folder} holds {len(packed)} matrices in 4 bits of bitsandbytes: "
+            "ask for dequantize=True to load them as numbers"
+        )
+    checkpoint = dequantized(checkpoint) if packed else checkpoint
+    expected = {row.hf.format(layer): row for row, layer in in_order(config, head)}
+    if head == "score":
+        hf_config = load_hf_config(checkpoint.folder) if (checkpoint.folder / "config.json").is_file() else {}
+        found = find_head(checkpoint, hf_config, path=head_path)
+        checkpoint = with_score(checkpoint, found) if found else checkpoint
+    needed = {name for name, row in expected.items() if row.ours not in allow_missing}
+    checkpoint = with_expected_names(checkpoint, needed)
+    _check_coverage(checkpoint, config, expected, head, needed)
+    return checkpoint.with_tensors({name: checkpoint.stored(name) for name in expected if name in checkpoint.tensors})
+
+
+def _check_coverage(
+    checkpoint: Checkpoint, config: ModelConfig, expected: dict[str, Row], head: str, needed: Collection[str]
+) -> None:
+    """Every tensor of the model is in the checkpoint, with the right shape, and nothing else is."""
+    sizes, stored = axis_sizes(config), checkpoint.tensors
+    model = f"(family {config.family}, {config.num_layers} layers, head {head!r})"
+    missing = [name for name in expected if name in needed and name not in stored]
+    if missing:
+        raise ValueError(f"{checkpoint.folder} lacks {_named('tensor', missing)} that this model needs {model}")
+    extra = [name for name in stored if name not in expected and not IGNORED.search(name)]
+    if LM_HEAD in extra:  # a critic drops it; a tied model may only repeat its embedding there
+        extra.remove(LM_HEAD)
+        if head == "lm" and not _equal(checkpoint, LM_HEAD, EMBEDDING):
+            raise ValueError(
+                f"{checkpoint.folder}: tensor {LM_HEAD} differs from {EMBEDDING}, and config.json says that they are "
+                "tied: set tie_word_embeddings to false there"
+            )
+    if head == "lm" and any(name.startswith(VALUE_HEADS) for name in extra):
+        _log.warning("%s: the value head beside the language model is left out", checkpoint.folder)
+        extra = [name for name in extra if not name.startswith(VALUE_HEADS)]
+    if extra:
+        hint = unknown_head(checkpoint, extra)
+        raise ValueError(
+            f"{checkpoint.folder} holds {_named('tensor', extra)} that this model has no place for {model}"
+            + (f"; {hint}" if hint else "")
+        )
+    for name, row in expected.items():
+        if name in stored and stored[name].shape != row.hf_shape(sizes):
+            raise ValueError(
+                f"{checkpoint.folder}: tensor {name} has shape {stored[name].shape}, expected {row.hf_shape(sizes)}"
+            )
+
+
+def _named(noun: str, names: list[str]) -> str:
+    """ "tensor a", "tensors a, b", "tensors a, b, c and 40 more"."""
+    shown = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{noun}{'s' if len(names) > 1 else ''} {shown}{more}"
+
+
+def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
+    if a.shape != b.shape:
+        return False
+    cuts = [(slice(start, start + _ROWS_AT_ONCE), slice(None)) for start in range(0, a.shape[0], _ROWS_AT_ONCE)]
+    return all(np.array_equal(checkpoint.read(first, cut), checkpoint.read(second, cut)) for cut in cuts)

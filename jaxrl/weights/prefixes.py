@@ -1,0 +1,31 @@
+"""The same model under other prefixes: old files that lack one, and wrappers that put one more before every name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+
+from .heads import HEADS
+from .stored import Checkpoint
+
+_OUTSIDE = ("lm_head", "embed_out", *HEADS)  # beside the base model and not in it
+
+
+def with_expected_names(checkpoint: Checkpoint, expected: Set[str]) -> Checkpoint:
+    """The checkpoint with the prefixes that the model expects, if that gives it every tensor; else as it is.
+
+    GPT-2's and OPT's first files are those of the base model alone ("h.0.ln_1.weight"); models with a vision tower keep
+    their language model under "language_model.model." or, since transformers 5, "model.language_model.".
+    """
+    if not expected or expected <= checkpoint.tensors.keys():
+        return checkpoint
+    base = next(iter(sorted(name.split(".")[0] for name in expected if not name.startswith(_OUTSIDE))))
+    renamings: list[Callable[[str], str]] = [
+        lambda name: name.removeprefix("language_model."),
+        lambda name: name.replace("model.language_model.", "model.", 1),
+        lambda name: name if name.startswith(_OUTSIDE) else f"{base}.{name}",
+    ]
+    for rename in renamings:
+        names = {name: rename(name) for name in checkpoint.tensors}
+        if expected <= set(names.values()) and len(set(names.values())) == len(names):
+            return checkpoint.renamed(names)
+    return checkpoint
