@@ -73,7 +73,7 @@ Unit = tuple[int, int, list[int]]  # what must lie together: (tokens, prompt, it
 
 def pack(
     sequences: Sequences,
-    chosen: Sequence[int],
+    chosen: Sequence[int] | np.ndarray,
     *,
     row_length: int,
     rows_per_micro_batch: int,
@@ -126,7 +126,7 @@ def _best_fit(units: list[Unit], row_length: int) -> list[list[Unit]]:
     return rows
 
 
-def _units(sequences: Sequences, chosen: Sequence[int], row_length: int, *, share: bool) -> list[Unit]:
+def _units(sequences: Sequences, chosen: Sequence[int] | np.ndarray, row_length: int, *, share: bool) -> list[Unit]:
     """Each response with its prompt; with `share` a group with its prompt, cut where it outgrows a row."""
     lengths = sequences.lengths
     units: list[Unit] = []

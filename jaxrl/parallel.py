@@ -80,9 +80,11 @@ def shardings(mesh: Mesh, abstract: Tree, axes: Tree) -> Tree:
 
 def with_shardings(mesh: Mesh, abstract: Tree, axes: Tree) -> Tree:
     """The same shapes, each knowing where it will live: what loaders fill."""
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings(mesh, abstract, axes)
-    )
+
+    def one(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, abstract, shardings(mesh, abstract, axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

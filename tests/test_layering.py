@@ -114,11 +114,12 @@ def folder_of(name: str) -> Path:
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "jaxrl"])
 def test_a_file_imports_only_from_lower_floors_or_from_its_own_folder(name):
+    own = floor_of(name)
     for imported in imports_of(name, FILES[name]):
         if not imported.module.startswith("jaxrl"):
             continue
         assert imported.module in FILES, f"{name} imports {imported.module}, which does not exist"
-        own, other = floor_of(name), floor_of(imported.module)
+        other = floor_of(imported.module)
         beside = other == own and folder_of(name) == folder_of(imported.module)
         assert other < own or beside, f"{name} (floor {own}) imports {imported.module} (floor {other})"
 

@@ -22,6 +22,7 @@ def draw(*shape: int, seed: int) -> np.ndarray:
 HIDDEN, TABLE = draw(R, T, D, seed=0), draw(V, D, seed=1)
 COLUMNS = np.random.default_rng(2).integers(0, T, (R, S))  # with repeats: two targets may be predicted from one state
 IDS = np.random.default_rng(3).integers(0, V, (R, S))
+TARGETS = jnp.asarray(COLUMNS), jnp.asarray(IDS)
 WEIGHTS = draw(2, R, S, seed=4) * (np.arange(S) < NUM_SLOTS)  # of logprobs and entropies in the loss
 
 
@@ -46,7 +47,7 @@ def _plain(hidden, table, num_slots, weights, temperature):
 @partial(jax.jit, static_argnums=(4, 5))
 def _chunked(hidden, table, num_slots, weights, temperature, chunk):
     def run(hidden, table, num_slots):
-        return target_logprobs(hidden, table, COLUMNS, IDS, num_slots, temperature=temperature, chunk=chunk)
+        return target_logprobs(hidden, table, *TARGETS, num_slots, temperature=temperature, chunk=chunk)
 
     return evaluate(run, hidden, table, num_slots, weights)
 

@@ -27,7 +27,7 @@ def make_sequences(prompt_lengths, response_lengths, group, seed=0) -> Sequences
     draw = lambda length: random.integers(1, VOCAB, length).astype(np.int32)  # noqa: E731
     prompts = [Prompt(draw(n).tolist(), "", "test", None, {}, None, index) for index, n in enumerate(prompt_lengths)]
     rollouts = [
-        Rollout(g, draw(n), np.zeros(n, np.float32), True, 0, random.random(n) > 0.125)
+        Rollout(int(g), draw(n), np.zeros(n, np.float32), True, 0, random.random(n) > 0.125)
         for g, n in zip(group, response_lengths, strict=True)
     ]
     return Sequences.of(prompts, rollouts, T_RESPONSE)

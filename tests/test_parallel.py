@@ -113,7 +113,8 @@ def plain_hidden(config, params, head: str):
         tokens[b, : len(whole)], segments[b, : len(whole)] = whole, 1
         columns[b] = len(prompt) - 1 + np.arange(columns.shape[1])
     positions = np.broadcast_to(np.arange(width), tokens.shape)
-    hidden = decoder.hidden_states(config, {"params": params}, tokens, positions, segments, segments, head=head)
+    rows = map(jnp.asarray, (tokens, positions, segments, segments))
+    hidden = decoder.hidden_states(config, {"params": params}, *rows, head=head)
     return jnp.take_along_axis(hidden, columns[..., None], axis=1)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from .config import ModelConfig, Rope
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q [B T N H], k and v [B T K H] -> ([B T N H], extra)
-Cossin = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+Cossin = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # half the head size
 
 INIT = nn.initializers.normal(0.02)
 ADAPTER_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # +-1 / sqrt(fan in), as PEFT begins
@@ -123,7 +123,7 @@ class RMSNorm(nn.Module):
         return self.scale.astype(x.dtype) * x32.astype(x.dtype)
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> Float[Array, "H/2"]:
+def rope_frequencies(rope: Rope, head_dim: int) -> Float[Array, "half"]:
     """Inverse wavelengths of the rotary embedding, in radians a token, rescaled as the checkpoint asks."""
     frequencies = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if rope.kind == "linear":
