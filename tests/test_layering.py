@@ -32,8 +32,9 @@ FLOORS = [
 LIBRARIES = {
     "flax": {"models": "file", "parallel": "file"},
     "optax": {"optimizer": "file"},
-    "orbax": {"checkpoint": "file"},
-    "torch": {"weights.torch_bin": "function"},  # files from before 1.6, which only torch reads
+    "orbax": {"checkpoint": "file", "weights.orbax_folder": "function"},
+    # Files from before torch 1.6, which only torch reads, and the comparison with transformers where it is installed.
+    "torch": {"weights.torch_bin": "function", "weights.verify": "function"},
     "wandb": {"loggers": "function"},
     "gguf": {"weights.gguf": "function"},
     "vllm": {},
