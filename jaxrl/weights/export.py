@@ -7,7 +7,6 @@ next one, so that a host holds one tensor. The publisher of weights uses the sam
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ import numpy as np
 
 from ..models.config import ModelConfig
 from ..parallel import fetch
-from .folder import both_spellings, copy_companions, load_hf_config, new_folder, refuse_existing, write_json
+from .bnb import dequantized, dequantized_config
+from .folder import copy_companions, load_hf_config, refuse_existing
+from .formats import open_checkpoint
 from .hf_names import CLASSES, EMBEDDING, axis_sizes, flatten, head_of, in_order
-from .load import open_checkpoint
-from .safetensors_writer import TensorSpec, dtype_named, write_safetensors
+from .prefixes import with_expected_names
+from .safetensors_writer import TensorSpec, dtype_named
+from .write import write_model
 
 Tree = dict[str, Any]
 
@@ -59,11 +61,12 @@ def export_hf(
     dtypes = {spec.name: spec.dtype for spec in specs}
     stream = ((name, tensor.astype(dtypes[name], copy=False)) for name, tensor in hf_tensors(params, config))
     if jax.process_index() == 0:
-        with new_folder(out_dir, overwrite=overwrite) as folder:
-            copy_companions(source, folder)
-            hf_config = _config_for_head(load_hf_config(source), config, head_of(params))
-            write_json(folder / "config.json", both_spellings(hf_config, specs[0].dtype.name))
-            _write_shards(folder, specs, stream, max_shard_bytes)
+        hf_config = config_for_head(dequantized_config(load_hf_config(source)), config, head_of(params))
+        write_model(
+            out_dir, hf_config, specs, stream, source=f"trained from {source_folder}",
+            companions=lambda folder: copy_companions(source, folder), max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+        )  # fmt: skip
     else:
         for _ in stream:  # takes part in the gathering
             pass
@@ -79,13 +82,13 @@ def _specs(config: ModelConfig, head: str, source: Path, dtype: str | None) -> l
     shapes = {row.hf.format(layer): row.hf_shape(sizes) for row, layer in in_order(config, head)}
     if dtype is not None:
         return [TensorSpec(name, shape, dtype_named(dtype)) for name, shape in shapes.items()]
-    stored = open_checkpoint(source).tensors
+    stored = with_expected_names(dequantized(open_checkpoint(source)), {EMBEDDING}).tensors
     if stored.get(EMBEDDING) is None or stored[EMBEDDING].shape != shapes[EMBEDDING]:
         raise ValueError(f"{source} is not the model that is exported: its {EMBEDDING} is not {shapes[EMBEDDING]}")
     return [TensorSpec(name, shape, stored.get(name, stored[EMBEDDING]).dtype) for name, shape in shapes.items()]
 
 
-def _config_for_head(hf_config: Mapping[str, Any], config: ModelConfig, head: str) -> dict[str, Any]:
+def config_for_head(hf_config: Mapping[str, Any], config: ModelConfig, head: str) -> dict[str, Any]:
     """The source's `config.json` with the class that reads this head, and for a score head its labels."""
     if head == "lm":
         return {**hf_config, "architectures": [f"{CLASSES[config.family]}ForCausalLM"]}
@@ -96,24 +99,3 @@ def _config_for_head(hf_config: Mapping[str, Any], config: ModelConfig, head: st
         out["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.num_labels)}
         out["label2id"] = {name: int(label) for label, name in out["id2label"].items()}
     return out
-
-
-def _write_shards(
-    folder: Path, specs: list[TensorSpec], stream: Iterator[tuple[str, np.ndarray]], max_shard_bytes: float
-) -> None:
-    """One file, or several of at most `max_shard_bytes` (a larger tensor has its own) and an index."""
-    shards: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        if shards[-1] and sum(other.nbytes for other in shards[-1]) + spec.nbytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(spec)
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", specs, stream)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / name, shard, islice(stream, len(shard)))
-        weight_map |= {spec.name: name for spec in shard}
-    index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)

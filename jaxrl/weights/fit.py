@@ -35,7 +35,7 @@ def fitted(
     """The tensors of the model, in the order of a forward pass, under the names of `hf_names.py`.
 
     `allow_missing` are paths of ours ("score.kernel") that may be absent, `head_path` is the module of a score head in
-    the checkpoint, `dequantize` says that 4-bit weights are wanted as numbers. Raises ValueError, naming the tensor, what
+    the checkpoint, `dequantize` asks for 4-bit weights as numbers. Raises ValueError, naming the tensor, what
     is expected and what is there, where checkpoint and model differ.
     """
     packed = packed_tensors(checkpoint)

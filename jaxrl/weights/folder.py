@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import uuid
@@ -9,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_LIBC = ctypes.CDLL(None)
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag, of Linux
 
 # What stands beside the weights and is carried over unchanged by an export.
 COMPANIONS = (
@@ -96,16 +100,25 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     try:
         yield partial
         if overwrite and folder.exists():
-            old = partial.with_suffix(".old")
-            folder.rename(old)
-            try:
-                partial.rename(folder)
-            except OSError:
-                old.rename(folder)
-                raise
-            shutil.rmtree(old)
+            _exchange(partial, folder)  # what stood there goes where the new one came from, and from there away
         else:
             refuse_existing(folder)  # another process may have finished first
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap the names of two folders at one stroke: whoever is killed has swapped both or none."""
+    names = _HERE, bytes(first), _HERE, bytes(second)
+    if hasattr(_LIBC, "renameat2") and _LIBC.renameat2(*names, _RENAME_EXCHANGE) == 0:
+        return
+    # Without that system call (macOS, some network disks) there is a moment in which `second` is under another name.
+    old = first.with_suffix(".old")
+    second.rename(old)
+    try:
+        first.rename(second)
+    except OSError:
+        old.rename(second)
+        raise
+    old.rename(first)

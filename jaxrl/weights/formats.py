@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .flax_msgpack import is_flax_layout, open_msgpack, to_torch_layout
+from .orbax_folder import PARAMS, is_orbax, open_converted
 from .safetensors_writer import DTYPES
 from .stored import Checkpoint, StoredTensor
 from .torch_bin import LEGACY_MAGIC, open_torch_bin
@@ -69,6 +70,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.is_file():
         return _open_files(path.parent, [path.name], None)
+    if is_orbax(path / PARAMS):
+        return open_converted(path)
     found = [name for name in SOURCES for name in (f"{name}.index.json", name) if (path / name).is_file()]
     if not found:
         return _open_files(path, [_only_file(path)], None)

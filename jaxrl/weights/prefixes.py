@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 
-from .heads import HEADS
+from .heads import HEADS, OUTPUTS
 from .stored import Checkpoint
 
-_OUTSIDE = ("lm_head", "embed_out", *HEADS)  # beside the base model and not in it
+_OUTSIDE = (*OUTPUTS, *HEADS)  # beside the base model and not in it
 
 
 def with_expected_names(checkpoint: Checkpoint, expected: Set[str]) -> Checkpoint:

@@ -1,0 +1,184 @@
+"""Convert a model of any kind that is read here into a Hugging Face folder, an orbax checkpoint or a PEFT adapter.
+
+What `scripts/convert_checkpoint.py` calls. Tensors pass through one at a time; the result takes its name when all of it
+is there and, if asked, verified.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..models.decoder import abstract_params
+from ..parallel import make_mesh, with_shardings
+from .folder import both_spellings, new_folder, refuse_existing, write_json
+from .hf_names import axis_sizes, flatten, in_order, rows
+from .load import load_array
+from .orbax_folder import PARAMS, save_arrays
+from .peft import Adapter
+from .peft_config import CONFIG_FILE
+from .peft_tree import write_adapter
+from .safetensors_writer import TensorSpec, dtype_named
+from .source import Options, Source, open_adapter_source, open_source
+from .verify import verify_adapter, verify_logits, verify_tensors
+from .write import Manifest, write_model
+
+FORMATS = ("hf", "orbax", "peft")
+Progress = Callable[[str, int, int], None]  # name of the tensor, bytes until now, bytes in all
+
+
+def convert(
+    source: str,
+    out: str | Path,
+    *,
+    to: str = "hf",
+    options: Options | None = None,
+    dtype: str | None = None,
+    mesh: tuple[int, int, int] = (1, 1, 1),
+    verify: bool = False,
+    max_shard_bytes: float = 5e9,
+    progress: Progress = lambda name, done, total: None,
+) -> None:
+    """Write the model `source` (a folder, a file, an id on the Hub) to the new folder `out`.
+
+    `dtype` is one for all tensors, by default each keeps its own. `mesh` is how an orbax checkpoint is cut, data x fsdp
+    x tensor; it loads onto any other. `verify` reads the result again and compares every tensor, and where torch is
+    installed the logits with transformers. Raises ValueError, and leaves nothing, where something is wrong.
+    """
+    options, out = options or Options(), Path(out)
+    if to not in FORMATS:
+        raise ValueError(f"--to {to!r} is not one of {', '.join(FORMATS)}")
+    if dtype is not None:
+        dtype_named(dtype)
+    refuse_existing(out)
+    if to == "peft":
+        _write_peft(open_adapter_source(source, options), source, out, dtype, verify)
+        return
+    model = open_source(source, options)
+    specs = specs_of(model, dtype)
+    if to == "orbax":
+        _write_orbax(model, specs, out, mesh, verify, progress)
+        return
+
+    def check(folder: Path) -> None:
+        if verify:
+            verify_tensors(folder, model, specs)
+            verify_logits(folder)
+
+    write_model(
+        out, model.hf_config, specs, _stream(model, specs, progress), source=described(model),
+        companions=model.write_companions, max_shard_bytes=max_shard_bytes, check=check,
+    )  # fmt: skip
+
+
+def specs_of(model: Source, dtype: str | None) -> list[TensorSpec]:
+    """What will be written: name, shape and dtype of every tensor."""
+    wanted = None if dtype is None else dtype_named(dtype)
+    return [
+        TensorSpec(name, tensor.shape, wanted or (model.dtypes or {}).get(name, tensor.dtype))
+        for name, tensor in model.checkpoint.tensors.items()
+    ]
+
+
+def described(model: Source) -> str:
+    return f"{model.name} ({model.checkpoint.kind})"
+
+
+def name_map(source: str, *, to: str = "hf", options: Options | None = None, dtype: str | None = None) -> Iterator[str]:
+    """A line for each tensor: ours, the Hugging Face name, shape, dtypes, the file it is in, the pattern of axes."""
+    options = options or Options()
+    if to == "peft":
+        adapter = open_adapter_source(source, options)
+        for name, tensor in adapter.checkpoint.tensors.items():
+            yield f"{name}  {list(tensor.shape)}  {_dtypes(tensor.dtype, dtype)}  in {tensor.file}"
+        return
+    model = open_source(source, options)
+    specs = {spec.name: spec for spec in specs_of(model, dtype)}
+    for row, layer in in_order(model.config, model.head):
+        name = row.hf.format(layer)
+        tensor, ours = model.checkpoint.tensors[name], row.ours if layer is None else f"{row.ours}[{layer}]"
+        dtypes = _dtypes(tensor.dtype, specs[name].dtype.name)
+        yield f"{ours}  <-  {name}  {list(tensor.shape)}  {dtypes}  in {tensor.file}  ({row.pattern})"
+
+
+def _dtypes(stored: np.dtype, written: str | None) -> str:
+    return stored.name if written in (None, stored.name) else f"{stored.name} -> {written}"
+
+
+def _stream(model: Source, specs: list[TensorSpec], progress: Progress) -> Iterator[tuple[str, np.ndarray]]:
+    done, total = 0, sum(spec.nbytes for spec in specs)
+    for spec in specs:
+        tensor = model.checkpoint.read(spec.name)
+        _check_finite(tensor, spec.name, model)
+        yield spec.name, tensor.astype(spec.dtype, copy=False)
+        done += spec.nbytes
+        progress(spec.name, done, total)
+
+
+def _check_finite(tensor: np.ndarray, name: str, model: Source) -> None:
+    if not np.isfinite(tensor).all():
+        count = np.count_nonzero(~np.isfinite(tensor))
+        raise ValueError(f"{model.name}: tensor {name} holds {count} NaN or infinite numbers")
+
+
+def _write_orbax(
+    model: Source,
+    specs: list[TensorSpec],
+    out: Path,
+    mesh: tuple[int, int, int],
+    verify: bool,
+    progress: Progress,
+) -> None:
+    """config.json and companions as in a Hugging Face folder, and the arrays of our tree in `params/`."""
+    dtypes = {spec.name: spec.dtype for spec in specs}
+    abstract, axes = abstract_params(model.config, model.head)
+    target = dict(flatten(with_shardings(make_mesh(*mesh), abstract["params"], axes["params"])))
+    sizes, table = axis_sizes(model.config), rows(model.config, head=model.head)
+    wanted = {
+        row.ours: jax.ShapeDtypeStruct(
+            target[row.ours].shape, dtypes[row.hf_names(model.config.num_layers)[0]], sharding=target[row.ours].sharding
+        )
+        for row in table
+    }
+    arrays = [TensorSpec(ours, struct.shape, np.dtype(struct.dtype)) for ours, struct in wanted.items()]
+    manifest, total = Manifest(described(model), arrays), sum(spec.nbytes for spec in arrays)
+
+    def stream() -> Iterator[tuple[str, Any]]:
+        done = 0
+        for row, spec in zip(table, arrays, strict=True):
+            array = load_array(model.checkpoint, row, wanted[row.ours], sizes, True)
+            for _ in manifest.recorded([(row.ours, np.asarray(array))]):
+                pass
+            yield row.ours, array
+            done += spec.nbytes
+            progress(row.ours, done, total)
+
+    with new_folder(out) as folder:
+        model.write_companions(folder)
+        write_json(folder / "config.json", both_spellings(model.hf_config, specs[0].dtype.name))
+        save_arrays(folder.resolve() / PARAMS, stream())
+        manifest.write(folder)
+        if verify:
+            verify_tensors(folder, model, specs)
+
+
+def _write_peft(adapter: Adapter, source: str, out: Path, dtype: str | None, verify: bool) -> None:
+    checkpoint, tensors = adapter.checkpoint, {}
+    for name, stored in checkpoint.tensors.items():
+        tensor = checkpoint.read(name)
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{source}: tensor {name} holds NaN or infinite numbers")
+        tensors[name] = np.ascontiguousarray(tensor.astype(stored.dtype if dtype is None else dtype_named(dtype)))
+    with new_folder(out) as folder:
+        if (adapter.folder / CONFIG_FILE).is_file():
+            shutil.copyfile(adapter.folder / CONFIG_FILE, folder / CONFIG_FILE)
+        else:
+            write_json(folder / CONFIG_FILE, dict(adapter.config.raw))
+        write_adapter(folder, tensors, source=source)
+        if verify:
+            verify_adapter(folder, adapter)
