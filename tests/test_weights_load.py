@@ -344,6 +344,7 @@ def test_one_kind_of_weights_is_fetched_from_the_hub(monkeypatch, tmp_path, stor
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, model_id: ["config.json", *stored])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (tmp_path / "config.json").write_text("{}")
     assert resolve("owner/model") == tmp_path
     assert fetched in asked["allow_patterns"] and left not in asked["allow_patterns"]
     assert "*.json" in asked["allow_patterns"]
