@@ -161,7 +161,7 @@ def _write_orbax(
     with new_folder(out) as folder:
         model.write_companions(folder)
         write_json(folder / "config.json", both_spellings(model.hf_config, specs[0].dtype.name))
-        save_arrays(folder.resolve() / PARAMS, stream())
+        save_arrays(folder.resolve() / PARAMS, stream(), {row.ours for row in table if row.stacked})
         manifest.write(folder)
         if verify:
             verify_tensors(folder, model, specs)

@@ -7,16 +7,21 @@ tensorstore, which it keeps them in, reads parts of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..models.config import ModelConfig
 from .folder import load_hf_config
-from .hf_names import Row, axis_sizes, in_order
+from .hf_names import Row, axis_sizes, in_order, unflatten
 from .stored import Checkpoint, Index, StoredTensor
+
+if TYPE_CHECKING:
+    import jax
 
 PARAMS = "params"  # the folder of a converted model that orbax wrote
 _COMPLETE_FILE = "commit_success.txt"  # orbax writes it last
@@ -50,15 +55,16 @@ def arrays_under(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def as_checkpoint(folder: Path, arrays: Mapping[str, Any], config: ModelConfig, head: str) -> Checkpoint:
     """The arrays of a tree of parameters under their Hugging Face names. Raises ValueError where they do not fit."""
-    sizes = axis_sizes(config)
-    tensors = {}
-    rows = set()
+    sizes, reader = axis_sizes(config), _Reader(arrays)
+    tensors, rows = {}, set()
     for row, layer in in_order(config, head):
         array = arrays.get(row.ours)
         if array is None or tuple(array.shape) != row.our_shape(sizes):
             found = "missing" if array is None else f"of shape {tuple(array.shape)}"
             raise ValueError(f"{folder}: array {row.ours} is {found}, expected {row.our_shape(sizes)}")
-        tensors[row.hf.format(layer)] = _tensor(folder, array, row, layer, sizes)
+        read = partial(_hf_slice, reader, row, layer)
+        dtype = np.dtype(array.dtype.numpy_dtype)
+        tensors[row.hf.format(layer)] = StoredTensor(row.hf_shape(sizes), dtype, folder.name, read)
         rows.add(row.ours)
     if arrays.keys() - rows:
         raise ValueError(
@@ -81,24 +87,41 @@ def open_converted(folder: Path) -> Checkpoint:
     return as_checkpoint(folder, arrays, ModelConfig.from_hf(load_hf_config(folder), **settings), head)
 
 
-def save_arrays(path: Path, arrays: Iterator[tuple[str, Any]]) -> None:
-    """Write arrays, which come one at a time under dotted names, as an orbax checkpoint; no more than one is held."""
+def save_arrays(path: Path, arrays: Iterator[tuple[str, jax.Array]], stacked: Collection[str]) -> None:
+    """Write arrays, which come one at a time under dotted names, as an orbax checkpoint; no more than one is held.
+
+    Those of `stacked` have a leading axis of layers, and are cut along it so that one layer can be read.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    context = ocp.Context()
-    context.array.saving.use_compression = False  # as in checkpoint.py: it costs more time than it saves space
-    with context:
-        for name, array in arrays:
-            tree: Any = array
-            for part in reversed(name.split(".")):
-                tree = {part: tree}
-            ocp.partial.save(str(path), tree)
-        ocp.partial.finalize(str(path))
+    for name, array in arrays:
+        context = ocp.Context()
+        context.array.saving.use_compression = False  # as in checkpoint.py: it costs more time than it saves space
+        if name in stacked:
+            shard = array.sharding.shard_shape(array.shape)
+            context.array.saving.storage_options.chunk_byte_size = math.prod(shard[1:]) * array.dtype.itemsize
+            context.array.saving.storage_options.shard_axes = (0,)
+        with context:
+            ocp.partial.save(str(path), unflatten({name: array}))
+    ocp.partial.finalize(str(path))
 
 
-def _tensor(folder: Path, array: Any, row: Row, layer: int | None, sizes: Mapping[str, int]) -> StoredTensor:
-    def read(index: Index) -> np.ndarray:
-        piece = array if layer is None else array[layer]
-        return row.to_hf(np.asarray(piece.read().result()))[index]
+class _Reader:
+    """Reads layers of arrays. Where an array was not cut by layers, all of it is read, and kept until the next one."""
 
-    return StoredTensor(row.hf_shape(sizes), np.dtype(array.dtype.numpy_dtype), folder.name, read)
+    def __init__(self, arrays: Mapping[str, Any]):
+        self._arrays = arrays
+        self._whole: tuple[str, np.ndarray] | None = None
+
+    def read(self, ours: str, layer: int | None) -> np.ndarray:
+        array = self._arrays[ours]
+        if layer is None or array.chunk_layout.read_chunk.shape[0] == 1:
+            return np.asarray((array if layer is None else array[layer]).read().result())
+        if self._whole is None or self._whole[0] != ours:
+            self._whole = None  # before the next one is there
+            self._whole = ours, np.asarray(array.read().result())
+        return self._whole[1][layer]
+
+
+def _hf_slice(reader: _Reader, row: Row, layer: int | None, index: Index) -> np.ndarray:
+    return row.to_hf(reader.read(row.ours, layer))[index]

@@ -24,7 +24,7 @@ from .folder import copy_companions, load_hf_config
 from .formats import kind_of, open_checkpoint
 from .gguf import open_gguf
 from .heads import HEADS, OUTPUTS, find_head
-from .hf_names import EMBEDDING, LM_HEAD, unflatten
+from .hf_names import EMBEDDING, LM_HEAD, rows, unflatten
 from .locate import fetch_model, resolve
 from .orbax_folder import arrays_under, as_checkpoint, head_settings, is_orbax, open_arrays
 from .peft import PREFIX, Adapter, base_path, merged, open_adapter
@@ -181,7 +181,10 @@ def _run_source(name: str, path: Path, options: Options) -> Source:
     stored = with_expected_names(dequantized(open_checkpoint(run.base)), {EMBEDDING}).tensors
     dtypes = {tensor: stored.get(tensor, stored[EMBEDDING]).dtype for tensor in checkpoint.tensors}
     source = _fit(name, checkpoint, hf_config, replace(options, head=head), partial(copy_companions, run.base))
-    return replace(source, dtypes=dtypes)
+    # Array by array and not layer by layer: a run does not cut its arrays by layers.
+    names = [tensor for row in rows(source.config, head=head) for tensor in row.hf_names(source.config.num_layers)]
+    by_array = source.checkpoint.with_tensors({tensor: source.checkpoint.stored(tensor) for tensor in names})
+    return replace(source, checkpoint=by_array, dtypes=dtypes)
 
 
 def _with_layers(hf_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
