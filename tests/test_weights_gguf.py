@@ -12,7 +12,7 @@ import pytest
 from gguf.quants import dequantize
 from tokenizers.pre_tokenizers import ByteLevel
 
-from jaxrl.weights.gguf import cached_hf_folder, convert_gguf, quickstart_model
+from jaxrl.weights.gguf import cached_hf_folder, convert_gguf, open_gguf, quickstart_model
 from jaxrl.weights.load import load_hf_config, open_checkpoint, resolve
 
 needs_quickstart = pytest.mark.skipif(
@@ -138,11 +138,14 @@ def test_quickstart_chat_template_is_the_files_own(smollm2, transformers_tokeniz
 
 
 def write_small_gguf(
-    path: Path, *, arch: str = "qwen3", pre: str = "qwen2", skip: str = "", seed: int = 0
+    path: Path, *, arch: str = "qwen3", pre: str = "qwen2", skip: str = "", seed: int = 0, quantised=None
 ) -> dict[str, np.ndarray]:
-    """A GGUF file of 2 layers, D 8, N 2, K 1, H 6, F 10, with a byte-level tokenizer of one merge."""
+    """A GGUF file of 2 layers, D 8, N 2, K 1, H 6, F 10, with a byte-level tokenizer of one merge.
+
+    With `quantised`, a GGML type, D is 256, and the bytes of blk.1.ffn_up are small random ones of that type.
+    """
     tokens = [*sorted(ByteLevel.alphabet()), "Ġa", "<|end|>"]
-    V, D, N, K, H, F = len(tokens), 8, 2, 1, 6, 10
+    V, D, N, K, H, F = len(tokens), 8 if quantised is None else 256, 2, 1, 6, 10
     shapes = {"token_embd.weight": (V, D), "output_norm.weight": (D,), "output.weight": (V, D)}
     for layer in range(2):
         block = {
@@ -173,7 +176,13 @@ def write_small_gguf(
     writer.add_token_merges(["Ġ a"])
     writer.add_eos_token_id(V - 1)
     for name, tensor in weights.items():
-        writer.add_tensor(name, tensor)
+        if quantised is not None and name == "blk.1.ffn_up.weight":
+            block, size = gguf.GGML_QUANT_SIZES[quantised]
+            # Below 60 every two bytes are a finite number, where a type keeps its scale in half precision.
+            weights[name] = tensor = rng.integers(0, 60, (F, D // block * size)).astype(np.uint8)
+            writer.add_tensor(name, tensor, raw_dtype=quantised)
+        else:
+            writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -196,6 +205,21 @@ def test_small_gguf_of_each_family_becomes_a_folder_that_transformers_opens(tmp_
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("Hi, a 42!<|end|>")["input_ids"]) == "Hi, a 42!<|end|>"
     assert tokenizer.eos_token == "<|end|>"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"],
+)
+def test_every_common_quantisation_is_read_whole_and_by_slice(tmp_path, name):
+    kind = gguf.GGMLQuantizationType[name]
+    weights = write_small_gguf(tmp_path / "m.gguf", quantised=kind)
+    expected = dequantize(weights["blk.1.ffn_up.weight"], kind)
+    assert np.isfinite(expected).all() and np.ptp(expected) > 0
+    checkpoint = open_gguf(tmp_path / "m.gguf").checkpoint
+    tensor = "model.layers.1.mlp.up_proj.weight"
+    np.testing.assert_array_equal(checkpoint.read(tensor), expected)
+    np.testing.assert_array_equal(checkpoint.read(tensor, np.s_[3:7, 10:200]), expected[3:7, 10:200])
 
 
 def test_conversion_is_cached_by_content_and_done_once(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ next one, so that a host holds one tensor. The publisher of weights uses the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..parallel import fetch
 from .bnb import dequantized, dequantized_config
 from .folder import copy_companions, load_hf_config, refuse_existing
 from .formats import open_checkpoint
-from .hf_names import CLASSES, EMBEDDING, axis_sizes, flatten, head_of, in_order
+from .hf_names import CLASSES, axis_sizes, embedding_of, flatten, head_of, in_order
 from .prefixes import with_expected_names
 from .safetensors_writer import TensorSpec, dtype_named
 from .write import write_model
@@ -77,15 +77,26 @@ def export_hf(
 
 
 def _specs(config: ModelConfig, head: str, source: Path, dtype: str | None) -> list[TensorSpec]:
-    """Name, shape and dtype of what will be written; a tensor that the source lacks has its embedding's dtype."""
+    """Name, shape and dtype of what will be written."""
     sizes = axis_sizes(config)
     shapes = {row.hf.format(layer): row.hf_shape(sizes) for row, layer in in_order(config, head)}
-    if dtype is not None:
-        return [TensorSpec(name, shape, dtype_named(dtype)) for name, shape in shapes.items()]
-    stored = with_expected_names(dequantized(open_checkpoint(source)), {EMBEDDING}).tensors
-    if stored.get(EMBEDDING) is None or stored[EMBEDDING].shape != shapes[EMBEDDING]:
-        raise ValueError(f"{source} is not the model that is exported: its {EMBEDDING} is not {shapes[EMBEDDING]}")
-    return [TensorSpec(name, shape, stored.get(name, stored[EMBEDDING]).dtype) for name, shape in shapes.items()]
+    if dtype is None:
+        dtypes = stored_dtypes(source, config, shapes)
+        return [TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items()]
+    return [TensorSpec(name, shape, dtype_named(dtype)) for name, shape in shapes.items()]
+
+
+def stored_dtypes(source: Path, config: ModelConfig, names: Iterable[str]) -> dict[str, np.dtype]:
+    """The dtype of each tensor in the model that training began from; one that it lacks has its embedding's.
+
+    Raises ValueError where that model has another vocabulary or width.
+    """
+    table, sizes = embedding_of(config), axis_sizes(config)
+    stored = with_expected_names(dequantized(open_checkpoint(source)), {table}).tensors
+    shape = sizes["v"], sizes["d"]
+    if stored.get(table) is None or stored[table].shape != shape:
+        raise ValueError(f"{source} is not the model that is exported: its {table} is not {shape}")
+    return {name: stored.get(name, stored[table]).dtype for name in names}
 
 
 def config_for_head(hf_config: Mapping[str, Any], config: ModelConfig, head: str) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import numpy as np
 from ..models.config import ModelConfig
 from .bnb import dequantized, packed_tensors
 from .folder import load_hf_config
-from .heads import VALUE_HEADS, find_head, unknown_head, with_score
-from .hf_names import EMBEDDING, IGNORED, LM_HEAD, Row, axis_sizes, in_order
+from .heads import OUTPUTS, VALUE_HEADS, find_head, unknown_head, with_score
+from .hf_names import IGNORED, Row, axis_sizes, embedding_of, in_order
 from .prefixes import with_expected_names
 from .stored import Checkpoint
 
@@ -66,12 +66,12 @@ def _check_coverage(
     if missing:
         raise ValueError(f"{checkpoint.folder} lacks {_named('tensor', missing)} that this model needs {model}")
     extra = [name for name in stored if name not in expected and not IGNORED.search(name)]
-    if LM_HEAD in extra:  # a critic drops it; a tied model may only repeat its embedding there
-        extra.remove(LM_HEAD)
-        if head == "lm" and not _equal(checkpoint, LM_HEAD, EMBEDDING):
+    for output in [name for name in extra if name.removesuffix(".weight") in OUTPUTS]:
+        extra.remove(output)  # a critic drops it; a tied model may only repeat its embedding there
+        if head == "lm" and not _equal(checkpoint, output, embedding_of(config)):
             raise ValueError(
-                f"{checkpoint.folder}: tensor {LM_HEAD} differs from {EMBEDDING}, and config.json says that they are "
-                "tied: set tie_word_embeddings to false there"
+                f"{checkpoint.folder}: tensor {output} differs from {embedding_of(config)}, and config.json says that "
+                "they are tied: set tie_word_embeddings to false there"
             )
     if head == "lm" and any(name.startswith(VALUE_HEADS) for name in extra):
         _log.warning("%s: the value head beside the language model is left out", checkpoint.folder)

@@ -122,6 +122,11 @@ def in_order(config: ModelConfig, head: str) -> Iterator[tuple[Row, int | None]]
     yield from ((row, None) for row in table[first + len(stacked) :])
 
 
+def embedding_of(config: ModelConfig) -> str:
+    """The Hugging Face name of the token table."""
+    return next(row.hf for row in rows(config) if row.ours == "embed_tokens.embedding")
+
+
 def head_of(params: Mapping[str, Any]) -> str:
     """Which head a tree of parameters carries."""
     return "score" if "score" in params else "lm"

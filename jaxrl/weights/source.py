@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from ..models.config import ModelConfig
 from .bnb import dequantized, dequantized_config, packed_tensors
-from .export import config_for_head
+from .export import config_for_head, stored_dtypes
 from .fit import fitted
 from .folder import copy_companions, load_hf_config
 from .formats import kind_of, open_checkpoint
@@ -30,7 +30,6 @@ from .orbax_folder import arrays_under, as_checkpoint, head_settings, is_orbax, 
 from .peft import PREFIX, Adapter, base_path, merged, open_adapter
 from .peft_config import CONFIG_FILE
 from .peft_tree import adapter_of
-from .prefixes import with_expected_names
 from .stored import Checkpoint
 
 _log = logging.getLogger(__name__)
@@ -178,13 +177,11 @@ def _run_source(name: str, path: Path, options: Options) -> Source:
     num_layers = next(array.shape[0] for ours, array in run.params.items() if ours.startswith("layers."))
     hf_config = _with_layers(dequantized_config(run.hf_config), num_layers)
     checkpoint = as_checkpoint(path, run.params, ModelConfig.from_hf(hf_config, **settings), head)
-    stored = with_expected_names(dequantized(open_checkpoint(run.base)), {EMBEDDING}).tensors
-    dtypes = {tensor: stored.get(tensor, stored[EMBEDDING]).dtype for tensor in checkpoint.tensors}
     source = _fit(name, checkpoint, hf_config, replace(options, head=head), partial(copy_companions, run.base))
     # Array by array and not layer by layer: a run does not cut its arrays by layers.
     names = [tensor for row in rows(source.config, head=head) for tensor in row.hf_names(source.config.num_layers)]
     by_array = source.checkpoint.with_tensors({tensor: source.checkpoint.stored(tensor) for tensor in names})
-    return replace(source, checkpoint=by_array, dtypes=dtypes)
+    return replace(source, checkpoint=by_array, dtypes=stored_dtypes(run.base, source.config, names))
 
 
 def _with_layers(hf_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
@@ -225,7 +222,7 @@ def _fit(
 
 def _as_flax_reads_it(checkpoint: Checkpoint, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """HF's FlaxLlama and FlaxMistral use the head that the file holds, also where the config says that it is tied."""
-    if not hf_config.get("tie_word_embeddings") or LM_HEAD not in checkpoint.tensors:
+    if not hf_config.get("tie_word_embeddings") or not {LM_HEAD, EMBEDDING} <= checkpoint.tensors.keys():
         return dict(hf_config)
     if np.array_equal(checkpoint.read(LM_HEAD), checkpoint.read(EMBEDDING)):
         return dict(hf_config)
