@@ -344,6 +344,11 @@ def poison(tensors):
         (lambda t: t.pop("model.norm.weight"), {}, r"lacks tensor model\.norm\.weight"),
         (lambda t: t.update({"model.extra.weight": np.ones(3)}), {}, r"holds tensor model\.extra\.weight"),
         (lambda t: None, {"num_hidden_layers": 3}, r"lacks tensors model\.layers\.2\.\S+"),
+        (
+            lambda t: None,
+            {"num_hidden_layers": 10**12},
+            "config.json says 1000000000000 layers, and there are 21 tensors",
+        ),
         (lambda t: None, {"num_hidden_layers": 1}, r"holds tensors model\.layers\.1\.\S+"),
         (lambda t: None, {"num_attention_heads": 8}, r"q_proj\.weight has shape \(32, 32\), expected \(64, 32\)"),
         (lambda t: None, {"num_key_value_heads": 1}, r"k_proj\.weight has shape \(16, 32\), expected \(8, 32\)"),

@@ -21,6 +21,9 @@ DATA = Path(__file__).parent / "data" / "bnb_nf4"
 FOLDERS = ["llama-nf4-double", "llama-nf4-single", "llama-fp4-double"]
 
 
+NO_BLOCKS = np.frombuffer(b'{"shape": [320, 64], "blocksize": 0, "dtype": "bfloat16"}', np.uint8)
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_dequantised_weights_equal_those_of_bitsandbytes_bit_for_bit(name):
     checkpoint = dequantized(open_checkpoint(DATA / name))
@@ -133,6 +136,7 @@ def test_other_quantisations_are_refused_by_name():
             lambda t, w: t.update({f"{w}.quant_state.bitsandbytes__nf4": np.zeros(5, np.uint8)}),
             "quant_state that cannot",
         ),
+        (lambda t, w: t.update({f"{w}.quant_state.bitsandbytes__nf4": NO_BLOCKS}), "quant_state that cannot be read"),
     ],
 )
 def test_damaged_4_bit_weight_is_refused_by_name(tmp_path, change, message):

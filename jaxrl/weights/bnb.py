@@ -135,6 +135,8 @@ def _packed(checkpoint: Checkpoint, weight: str, state_name: str, quant_type: st
         shape = tuple(int(size) for size in state["shape"])
         blocksize, dtype = int(state["blocksize"]), dtype_named(state["dtype"])
         nested = {key: state[key] for key in ("nested_blocksize", "nested_offset") if key in state}
+        if min(blocksize, nested.get("nested_blocksize", 1), *shape) < 1:
+            raise ValueError("a size below 1")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} has a quant_state that cannot be read ({error!r}): fetch the model again") from error
     parts = ["absmax", "quant_map", *(["nested_absmax", "nested_quant_map"] if nested else [])]

@@ -45,6 +45,11 @@ def fitted(
             "ask for dequantize=True to load them as numbers"
         )
     checkpoint = dequantized(checkpoint) if packed else checkpoint
+    if config.num_layers > len(checkpoint.tensors):
+        raise ValueError(
+            f"{checkpoint.folder}: config.json says {config.num_layers} layers, and there are "
+            f"{len(checkpoint.tensors)} tensors in all"
+        )
     expected = {row.hf.format(layer): row for row, layer in in_order(config, head)}
     if head == "score":
         hf_config = load_hf_config(checkpoint.folder) if (checkpoint.folder / "config.json").is_file() else {}

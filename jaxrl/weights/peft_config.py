@@ -75,6 +75,7 @@ class AdapterConfig:
         if raw.get("bias", "none") not in _SUPPORTED_BIAS:
             raise ValueError(f"{where} sets bias to {raw['bias']!r}: {', '.join(_SUPPORTED_BIAS)} are read here")
         try:
+            _check_patterns(raw)
             return cls(
                 raw=dict(raw),
                 rank=int(raw["r"]),
@@ -89,7 +90,7 @@ class AdapterConfig:
                 use_rslora=bool(raw.get("use_rslora")),
                 use_dora=bool(raw.get("use_dora")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
             raise ValueError(f"{where} is not the config of a LoRA adapter ({error!r})") from error
 
     def targets(self, module: str, is_linear: Callable[[str], bool]) -> bool:
@@ -135,6 +136,18 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__} where an object is expected")
     return AdapterConfig.from_json(raw, str(path))
+
+
+def _check_patterns(raw: Mapping[str, Any]) -> None:
+    """Raises re.error where a setting is no regular expression and PEFT takes it as one."""
+    names = [raw.get("target_modules"), raw.get("exclude_modules")]
+    for pattern in [
+        *(name for name in names if isinstance(name, str)),
+        *(raw.get("rank_pattern") or {}),
+        *(raw.get("alpha_pattern") or {}),
+        *_list(raw.get("layers_pattern")),
+    ]:
+        re.compile(pattern)
 
 
 def _first_match(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
