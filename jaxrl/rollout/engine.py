@@ -20,7 +20,26 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
-    stop_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()  # a response ends with the first of them, and keeps it
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens {self.max_tokens}: a response has at least 1 token")
+        if self.n < 1:
+            raise ValueError(f"n {self.n}: a prompt is answered at least once")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature {self.temperature}: set 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: set it above 0 and at most 1 (the whole distribution)")
+        if self.top_k != -1 and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k}: set 1 or more, or -1 for the whole vocabulary")
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(
+                f"n {self.n} at temperature 0 would give {self.n} times the same response: "
+                "set n to 1 or the temperature above 0"
+            )
+        if not all(isinstance(stop, int) and stop >= 0 for stop in self.stop_ids):
+            raise ValueError(f"stop_ids {self.stop_ids}: token ids are whole numbers from 0 on")
 
 
 class Engine(Protocol):
@@ -32,7 +51,11 @@ class Engine(Protocol):
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, report: Report | None = None
     ) -> list[Rollout]:
         """`n` responses a prompt, in order: all of the first prompt, then all of the second. The same seed and
-        weights give the same responses."""
+        weights give the same responses.
+
+        Logprobs are of the distribution that was sampled from: after temperature, top-k and top-p. Greedy responses
+        come with those at temperature 1. Raises ValueError for a prompt that the model cannot answer.
+        """
         ...
 
     def close(self) -> None: ...

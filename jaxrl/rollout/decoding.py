@@ -1,0 +1,229 @@
+"""The compiled programs of the JAX engine: read the prompts, draw tokens, move a batch into a smaller or longer cache.
+
+The layers are those of training (`models/layers.py`), called one by one with another `attend`. Decoding reads a separate
+array for each layer: a slice of the stacked weights would be copied for every token.
+
+On a mesh the sequences are split over `data` and `fsdp`, heads and vocabulary over `tensor`. The weights are whole on
+every replica but for `tensor`: gathering them over `fsdp` for every token would cost more than all the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from ..models.attention import ATTENTION
+from ..models.config import ModelConfig
+from ..models.decoder import abstract_params
+from ..models.layers import DecoderLayer, RMSNorm, rope_cossin
+from ..parallel import num_row_shards, partition, replicated, rows_sharding, shardings
+from .sampling import Rule, sample
+
+Tree = Any
+CHUNK = 16  # the most tokens between two looks from the host
+Cache = list[tuple[Array, Array]]  # of every layer: keys [B K H C] and values [B K C H] of C columns
+
+
+class Batch(NamedTuple):
+    """B sequences under way. Prompts end in the same column, so every sequence draws into the same one."""
+
+    keys: Array  # [B] random keys, each sequence's own
+    starts: Int[Array, "B"]  # the column of the prompt's first token
+    last: Int[Array, "B"]  # the token drawn last
+    done: Bool[Array, "B"]
+    ids: Int[Array, "B CHUNK"]  # drawn since the host last looked
+    logprobs: Float[Array, "B CHUNK"]
+    counts: Int[Array, "B"]  # how many of them a sequence drew before it was done
+    taken: Int[Array, ""]  # columns of `ids` in use
+
+
+class Programs:
+    """What the engine runs, for one model on one mesh. A program is compiled for each shape that it meets."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh):
+        self.config, self.mesh, self.shards = config, mesh, num_row_shards(mesh)
+        rows, head_shape = rows_sharding(mesh), (self.shards, config.num_kv_heads, 1, 1)
+        self.rows = rows
+        self.heads = NamedSharding(mesh, partition(mesh, ("rows", "kv_heads", None, None), head_shape))
+        batch = Batch(*[rows] * 7, taken=replicated(mesh))
+        cache = [(self.heads, self.heads)] * config.num_layers
+        self.unstack = jax.jit(partial(_unstack, config), out_shardings=_weight_shardings(config, mesh))
+        self.begin = jax.jit(self._begin, static_argnames=("room",), out_shardings=(batch, cache))
+        self.decode = jax.jit(self._decode, donate_argnames=("cache",), out_shardings=(batch, cache))
+        self.keep = jax.jit(self._keep, out_shardings=(batch, cache))
+        self.lengthen = jax.jit(_lengthen, static_argnames=("columns",), out_shardings=cache)
+
+    def _begin(
+        self,
+        weights: Tree,
+        tokens: Int[Array, "M P T"],  # prompts, padded on the left, M times P of them
+        lengths: Int[Array, "M P"],
+        source: Int[Array, "B"],  # the prompt of each sequence, counted over M and P
+        uids: Int[Array, "B 2"],
+        done: Bool[Array, "B"],
+        seed: Int[Array, ""],
+        rule: Rule,
+        *,
+        room: int,  # columns of the cache for what will be drawn
+    ) -> tuple[Batch, Cache]:
+        """Read every prompt once, hand its cache to all its sequences, and draw their first token."""
+        T = tokens.shape[2]
+        hidden, prompt_cache = jax.lax.map(lambda prompts: self._read(weights, *prompts), (tokens, lengths))
+
+        def of_sequences(x: Array) -> Array:
+            return x.reshape(-1, *x.shape[2:])[source]
+
+        cache = _lengthen([(of_sequences(k), of_sequences(v)) for k, v in prompt_cache], columns=T + room)
+        key = jax.random.key(seed)
+        B = source.shape[0]
+        batch = Batch(
+            keys=jax.vmap(lambda uid: jax.random.fold_in(jax.random.fold_in(key, uid[0]), uid[1]))(uids),
+            starts=T - of_sequences(lengths),
+            last=jnp.zeros(B, jnp.int32),
+            done=done,
+            ids=jnp.zeros((B, CHUNK), jnp.int32),
+            logprobs=jnp.zeros((B, CHUNK)),
+            counts=jnp.zeros(B, jnp.int32),
+            taken=jnp.int32(0),
+        )
+        return self._draw(weights, batch, of_sequences(hidden), jnp.int32(0), rule), cache
+
+    def _read(self, weights: Tree, tokens: Int[Array, "P T"], lengths: Int[Array, "P"]):
+        """The hidden state [P, D] after each prompt, and the keys and values of its tokens."""
+        c, T = self.config, tokens.shape[1]
+        positions = jnp.arange(T) - (T - lengths)[:, None]
+        segments = (positions >= 0).astype(jnp.int32)
+        cossin = rope_cossin(c.rope, c.head_dim, jnp.maximum(positions, 0))
+
+        def attend(q, k, v):
+            return ATTENTION[c.attention](q, k, v, segments, segments), (k, v)
+
+        x = jax.lax.with_sharding_constraint(weights["embedding"][tokens], self.rows)
+        layer, cache = DecoderLayer(c), []
+        for params in weights["layers"]:
+            x, (k, v) = layer.apply(params, x, cossin, attend)
+            cache.append((k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)))
+        return x[:, -1], cache
+
+    def _draw(self, weights: Tree, batch: Batch, hidden: Float[Array, "B D"], step: Array, rule: Rule) -> Batch:
+        """The next token of every sequence, number `step` of its response, from the last layer's output."""
+        c = self.config
+        hidden = RMSNorm(c.hidden_size, c.norm_eps).apply({"params": weights["norm"]}, hidden)
+        table = weights["embedding"] if c.tie_embeddings else weights["head"]
+        logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
+        # Sampling walks along the vocabulary: each device has the whole of it, for its own sequences.
+        logits = jax.lax.with_sharding_constraint(logits, self.rows)
+        # A sequence's random numbers are its own, whatever batch it sits in.
+        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(batch.keys)
+        ids, logprobs = sample(logits, uniform, rule)
+        return batch._replace(
+            last=ids,
+            done=batch.done | jnp.isin(ids, rule.stop_ids),
+            ids=batch.ids.at[:, batch.taken].set(ids),
+            logprobs=batch.logprobs.at[:, batch.taken].set(logprobs),
+            counts=batch.counts + ~batch.done,
+            taken=batch.taken + 1,
+        )
+
+    def _decode(self, weights, batch: Batch, cache: Cache, rule: Rule, prompt_length, step, limit, leave):
+        """Up to `limit` (at most CHUNK) more tokens, the first of them number `step` of the responses.
+
+        Ends sooner when no shard of the mesh has more than `leave` sequences that are not done.
+        """
+        c = self.config
+        batch = batch._replace(counts=jnp.zeros_like(batch.counts), taken=jnp.int32(0))
+        layer, columns = DecoderLayer(c), jnp.arange(cache[0][1].shape[2])
+
+        def more(carry):
+            batch, _ = carry
+            live = jnp.sum(~batch.done.reshape(self.shards, -1), axis=1).max()
+            return (batch.taken < limit) & (live > leave)
+
+        def one_token(carry):
+            batch, cache = carry
+            here = prompt_length + step + batch.taken - 1  # the column of the token drawn last
+            cossin = rope_cossin(c.rope, c.head_dim, (here - batch.starts)[:, None])
+            mask = (columns >= batch.starts[:, None]) & (columns <= here)
+            x, grown = weights["embedding"][batch.last][:, None], []
+            x = jax.lax.with_sharding_constraint(x, self.rows)
+            for params, (keys, values) in zip(weights["layers"], cache, strict=True):
+                x, kv = layer.apply(params, x, cossin, partial(_attend_cache, keys, values, mask, here))
+                grown.append(jax.lax.with_sharding_constraint(kv, self.heads))
+            return self._draw(weights, batch, x[:, 0], step + batch.taken, rule), grown
+
+        return jax.lax.while_loop(more, one_token, (batch, cache))
+
+    def _keep(self, batch: Batch, cache: Cache, keep: Int[Array, "B"]) -> tuple[Batch, Cache]:
+        """The sequences `keep`, counted within their shard of the mesh: none moves to another device."""
+        rows, heads = self.rows.spec, self.heads.spec
+        specs = (Batch(*[rows] * 7, taken=PartitionSpec()), [(heads, heads)] * self.config.num_layers)
+
+        def local(batch, cache, keep):
+            taken = batch.taken
+            batch, cache = jax.tree.map(lambda x: x[keep], (batch._replace(taken=keep), cache))
+            return batch._replace(taken=taken), cache
+
+        return jax.shard_map(local, mesh=self.mesh, in_specs=(*specs, rows), out_specs=specs)(batch, cache, keep)
+
+
+def _unstack(config: ModelConfig, variables: Tree) -> Tree:
+    """Per-layer arrays in the compute dtype; norms and the rest as they are. Copies all, the engine's own."""
+
+    def own(x: Array) -> Array:
+        # Explicitly a copy: jit would hand back an array that does not change, and training donates it.
+        return x.astype(config.compute_dtype) if x.ndim > 1 and x.dtype != config.compute_dtype else jnp.copy(x)
+
+    trees = {name: tree["layers"] for name, tree in variables.items() if tree}
+    layers = [jax.tree.map(lambda x, i=i: own(x[i]), trees) for i in range(config.num_layers)]
+    params = variables["params"]
+    weights = {"layers": layers, "norm": jax.tree.map(own, params["norm"])}
+    weights["embedding"] = own(params["embed_tokens"]["embedding"])
+    if not config.tie_embeddings:
+        weights["head"] = own(params["lm_head"]["kernel"])
+    return weights
+
+
+def _weight_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
+    """Where `_unstack` puts the weights: split as in training, but over the axis `tensor` alone."""
+
+    def of_layer(sharding: NamedSharding) -> NamedSharding:
+        return over_tensor(PartitionSpec(*sharding.spec[1:]))
+
+    def over_tensor(spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*[axes if axes in ("tensor", ("tensor",)) else None for axes in spec]))
+
+    trees = shardings(mesh, *abstract_params(config))
+    params = trees["params"]
+    layer = {name: jax.tree.map(of_layer, tree["layers"]) for name, tree in trees.items()}
+    table = over_tensor(params["embed_tokens"]["embedding"].spec)
+    return {
+        "layers": [layer] * config.num_layers,
+        "norm": jax.tree.map(lambda s: over_tensor(s.spec), params["norm"]),
+        "embedding": table,
+    } | ({} if config.tie_embeddings else {"head": over_tensor(params["lm_head"]["kernel"].spec)})
+
+
+def _attend_cache(keys, values, mask, column, q, k, v):
+    """One query a sequence against its cache, its own key and value written into `column` first."""
+    B, _, N, H = q.shape
+    K = keys.shape[1]
+    # Keys lie with their columns last: on a CPU the products with the queries then take half the time.
+    keys = jax.lax.dynamic_update_slice_in_dim(keys, k.transpose(0, 2, 3, 1), column, axis=3)
+    values = jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), column, axis=2)
+    q = q.reshape(B, K, N // K, H)
+    scores = jnp.einsum("bkgh,bkhc->bkgc", q, keys, preferred_element_type=jnp.float32) / math.sqrt(H)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgc,bkch->bkgh", weights, values).reshape(B, 1, N, H), (keys, values)
+
+
+def _lengthen(cache: Cache, *, columns: int) -> Cache:
+    """The same cache with room for `columns`."""
+    more = (0, columns - cache[0][1].shape[2])
+    none = (0, 0)
+    return [(jnp.pad(k, (none, none, none, more)), jnp.pad(v, (none, none, more, none))) for k, v in cache]
