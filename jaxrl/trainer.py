@@ -82,7 +82,7 @@ class Trainer:
         self.scorer = self._make_scorer()
         self.compiles = CompileCounter()
         self._make_roles()
-        self.engine = JaxEngine(self.model, max_num_seqs=c.rollout.max_num_seqs)
+        self.engine = JaxEngine(self.model, self.mesh, max_num_seqs=c.rollout.max_num_seqs)
         self.kl_coef = c.algorithm.kl_ctrl.kl_coef
         if self.start is not None:
             self._restore(*self.start)

@@ -21,7 +21,7 @@ Tree = dict[str, Any]
 
 # What backward keeps of a layer: everything, the products with weights, or nothing but the layer's input.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("product"),  # `Dense` names what it returns
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -36,7 +36,8 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", logical(INIT, ("vocab", "embed")), (c.vocab_size, c.hidden_size))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding[tokens].astype(self.config.compute_dtype)
+        table = nn.with_logical_constraint(self.embedding.astype(self.config.compute_dtype), ("vocab", None))
+        return nn.with_logical_constraint(table[tokens], ("rows", None, None))
 
 
 class Head(nn.Module):

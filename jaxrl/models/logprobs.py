@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CHUNK_ROWS = 1024  # logits [about this many, V] live at once
+# Logits [about this many, V] live at once. On a CPU few, for the cache; elsewhere the matrix units want many.
+CHUNK_ROWS = {"cpu": 256}
+MANY_CHUNK_ROWS = 1024
 
 
 def target_logprobs(
@@ -29,10 +31,10 @@ def target_logprobs(
 ) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
     """log p(id) under softmax(hidden[column] . table / temperature), and that softmax's entropy, in nats.
 
-    Slots at or beyond `num_slots` (the most that any row uses) are not computed and come back as 0.
+    The chunks that lie beyond `num_slots` (the most that any row uses) are not computed and come back as 0.
     """
     R, S = ids.shape
-    chunk = chunk or max(8, min(S, CHUNK_ROWS // R))
+    chunk = chunk or max(8, min(S, CHUNK_ROWS.get(jax.default_backend(), MANY_CHUNK_ROWS) // R))
     padded = -(-S // chunk) * chunk
     columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
     table = nn.with_logical_constraint(table.astype(hidden.dtype), ("vocab", None))
