@@ -1,0 +1,202 @@
+"""The whole run on a model of a few thousand weights: it learns, it resumes exactly, every choice works together."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from jaxrl.config import from_dict
+from jaxrl.trainer import Trainer
+from jaxrl.weights.folder import load_hf_config
+
+ROOT = Path(__file__).parents[1]
+MODEL = Path(__file__).parent / "data" / "hf_torch" / "llama32-tied"
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789+= "
+
+# The share of a response that is the letter a: what a random model does not do and soon learns.
+REWARD = """
+def share_of_a(solution_str):
+    return {"score": solution_str.count("a") / 6, "length": len(solution_str)}
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """The fixture with a tokenizer of single characters."""
+    folder = tmp_path_factory.mktemp("model")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(MODEL / name, folder)
+    hf_config = json.loads((MODEL / "config.json").read_text())
+    assert hf_config["vocab_size"] > len(LETTERS) + 2
+    vocab = {"<pad>": 0, "<eos>": 1, **{letter: i + 2 for i, letter in enumerate(LETTERS)}}
+    vocab |= {f"<{i}>": i for i in range(len(vocab), hf_config["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(hf_config | {"eos_token_id": 1, "pad_token_id": 0}))
+    return folder
+
+
+@pytest.fixture
+def settings(model, tmp_path):
+    """A config as a dict, with `overrides` on top by dotted name."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [{"prompt": f"{a}+{b}=", "data_source": "sums"} for a in range(6) for b in range(4)]
+    for split, part in (("train", rows[:16]), ("val", rows[16:])):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
+
+    def make(name: str, **overrides) -> dict:
+        tree = {
+            "model": {"path": str(model), "compute_dtype": "float32"},
+            "data": {
+                "train_files": str(tmp_path / "train.jsonl"), "val_files": str(tmp_path / "val.jsonl"),
+                "max_prompt_length": 8, "max_response_length": 6, "train_batch_size": 8,
+            },
+            "rollout": {"n": 4},
+            "reward": {"functions": [{"name": f"{tmp_path}/reward.py:share_of_a"}]},
+            "actor": {"ppo_mini_batch_size": 4, "ppo_max_token_len_per_gpu": 64, "optim": {"lr": 3e-3}},
+            "critic": {"num_layers": 1, "ppo_max_token_len_per_gpu": 128, "optim": {"lr": 3e-3}},
+            "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+            "trainer": {
+                "experiment_name": name, "run_dir": str(tmp_path / name), "row_length": 32, "total_training_steps": 2,
+            },
+        }  # fmt: skip
+        for key, value in overrides.items():
+            *sections, last = key.split("__")
+            node = tree
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[last] = value
+        return tree
+
+    return make
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def numbers_of(row: dict) -> dict:
+    """What must not depend on the machine's mood: all but times, memory and compilations."""
+    return {name: x for name, x in row.items() if not name.startswith(("timing", "perf/"))}
+
+
+def run(tree: dict) -> list[dict]:
+    config = from_dict(tree)
+    Trainer(config).fit()
+    return metrics_of(config.run_dir)
+
+
+def test_ppo_learns_and_leaves_a_folder_that_transformers_opens(settings, tmp_path, model):
+    rows = run(settings("ppo", trainer__total_training_steps=16, trainer__test_freq=8))
+    rewards = [row["critic/score/mean"] for row in rows[1:]]
+    assert len(rewards) == 16
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3, rewards
+    name = "val-core/sums/reward/mean@1"
+    assert rows[16][name] > rows[0][name] + 0.3
+    assert [row["step"] for row in rows if name in row] == [0, 8, 16]
+    assert all(row["perf/recompiles"] == 0 for row in rows[3:]), [row.get("perf/recompiles") for row in rows]
+    assert rows[1]["training/rollout_probs_diff_max"] < 1e-5  # engine and trainer agree
+    assert rows[1]["reward/length/mean"] > 0
+
+    folder = tmp_path / "ppo"
+    assert {path.name for path in folder.iterdir()} >= {"config.yaml", "metrics.jsonl", "samples.jsonl", "reward.png", "hf"}
+    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
+    assert sample["step"] == 16 and sample["split"] == "val" and sample["prompt"].endswith("=")
+
+    torch = pytest.importorskip("torch")
+    trained = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    ids = torch.tensor([[LETTERS.index(letter) + 2 for letter in "5+1="]])
+    with torch.no_grad():
+        answer = trained.generate(ids, max_new_tokens=6, do_sample=False)[0, 4:].tolist()
+    assert answer.count(LETTERS.index("a") + 2) >= 4, answer
+    assert load_hf_config(folder / "hf")["model_type"] == load_hf_config(model)["model_type"]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(settings, tmp_path):
+    """Killed by SIGKILL in the middle, with an adaptive KL coefficient and data in shuffled order."""
+    same = {
+        "trainer__total_training_steps": 5, "trainer__save_freq": 2, "algorithm__use_kl_in_reward": True,
+        "algorithm__kl_ctrl": {"type": "adaptive", "kl_coef": 0.1, "horizon": 100},
+    }  # fmt: skip
+    whole = run(settings("whole", **same))
+    assert len({row["actor/reward_kl_penalty_coeff"] for row in whole[1:]}) > 2  # the coefficient moves
+
+    tree = settings("killed", **same)
+    path = tmp_path / "killed.json"  # JSON is YAML
+    path.write_text(json.dumps(tree))
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 4):  # validation and three steps
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = run(tree)
+    assert [row["step"] for row in again] == [0, 1, 2, 3, 4, 5]
+    for before, after in zip(whole, again, strict=True):
+        assert numbers_of(before) == numbers_of(after)
+    exports = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert exports[0] == exports[1]
+
+
+def test_another_run_is_never_overwritten(settings, tmp_path):
+    run(settings("first", trainer__total_training_steps=1))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"other settings \(actor.optim.lr was 0.003 and is 0.1\).*another name"):
+        Trainer(from_dict(settings("first", trainer__total_training_steps=1, actor__optim={"lr": 0.1})))
+    with pytest.raises(ValueError, match="already holds a run, and there is no checkpoint to go on from"):
+        Trainer(from_dict(settings("first", trainer__total_training_steps=1)))
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*") if path.is_file()}
+
+
+CHOICES = {
+    "grpo with a KL loss and adapters": {
+        "algorithm__adv_estimator": "grpo", "actor__use_kl_loss": True, "model__lora_rank": 4,
+        "actor__loss_agg_mode": "seq-mean-token-mean",
+    },
+    "remax with gspo": {"algorithm__adv_estimator": "remax", "actor__policy_loss": {"loss_mode": "gspo"}},
+    "rloo with corrections and top-p": {
+        "algorithm__adv_estimator": "rloo", "rollout__top_p": 0.9, "rollout__temperature": 0.8,
+        "algorithm__rollout_correction": {"rollout_is": "token", "rollout_rs": "token_k1", "rollout_rs_threshold": "0.5_2"},
+    },
+    "ppo in two epochs with bypass and an unshared prompt": {
+        "actor__ppo_epochs": 2, "algorithm__rollout_correction": {"bypass_mode": True}, "trainer__share_prompt": False,
+        "actor__entropy_coeff": 0.01, "trainer__critic_warmup": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_work_together(settings, name):
+    rows = run(settings("choices", data__val_files=None, **CHOICES[name]))
+    last = rows[-1]
+    assert last["step"] == 2
+    assert np.isfinite(list(numbers_of(last).values())).all()
+    assert last["actor/grad_norm"] > 0
+    if "KL loss" in name:
+        assert rows[0]["actor/kl_loss"] == pytest.approx(0, abs=1e-4) and last["actor/kl_loss"] > rows[0]["actor/kl_loss"]
+    if "corrections" in name:
+        assert "rollout_corr/rollout_is_mean" in last and "rollout_corr/rollout_rs_token_k1_mean" in last
+    if "bypass" in name:
+        assert "actor/grad_norm" not in rows[0]  # the critic warms up
+
+
+def test_a_mesh_of_eight_devices_takes_the_same_step(settings):
+    one = run(settings("one", data__val_files=None, trainer__total_training_steps=1))[0]
+    many = run(settings("many", data__val_files=None, trainer__total_training_steps=1,
+                        mesh={"data": 2, "fsdp": 2, "tensor": 2}))[0]  # fmt: skip
+    for name in ("critic/score/mean", "actor/grad_norm", "actor/pg_loss", "actor/entropy", "critic/vf_loss"):
+        assert many[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), name
