@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -236,24 +238,45 @@ class Config:
         return Path(self.trainer.run_dir or f"runs/{self.trainer.experiment_name}")
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file with `a.b=c` overrides on top. Raises ValueError in words."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not there: --config takes a YAML file such as configs/quickstart.yaml")
-    for override in overrides or []:
-        if "=" not in override:
-            raise ValueError(f"override {override!r} is not of the form a.b=c, for example actor.optim.lr=1e-6")
     try:
-        return from_dict(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or []))))
+        given = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError) as error:  # OSError: the file holds one number or word
+        raise ValueError(f"{path} is not a YAML file of sections: {' '.join(str(error).split())}") from None
+    if not isinstance(given, DictConfig):
+        raise ValueError(f"{path} holds a list, and a config is sections with keys, as in configs/quickstart.yaml")
+    for override in overrides:
+        given = _with_override(given, override)
+    try:
+        return from_dict(given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _with_override(given: Any, override: str) -> Any:
+    key, equals, _ = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ValueError(f"override {override!r} is not of the form a.b=c, for example actor.optim.lr=1e-6")
+    try:
+        return OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"override {override!r} has no value that YAML can read: {problem}") from None
+    except TypeError:
+        raise ValueError(
+            f"override {override!r} does not fit what the file has there: a list is set as a whole, for example "
+            "reward.functions=[{name: exact_number}]"
+        ) from None
 
 
 def from_dict(given: Any) -> Config:
     """The config of a mapping: what `load` does with a file, for use from Python."""
     given = OmegaConf.create(given)
-    _refuse_unknown_keys(Config, OmegaConf.to_container(given), "")
+    _check_keys_and_types(Config, OmegaConf.to_container(given), "")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), given)
         if missing := sorted(OmegaConf.missing_keys(merged)):
@@ -311,6 +334,8 @@ def check(c: Config) -> None:
         )
     if c.trainer.resume_mode == "resume_path" and c.trainer.resume_from_path is None:
         raise ValueError("trainer.resume_mode resume_path needs trainer.resume_from_path, a folder global_step_<n>")
+    if c.model.lora_rank < 0:
+        raise ValueError(f"model.lora_rank {c.model.lora_rank} must be 0, which trains all weights, or above")
     if c.model.lora_rank and c.model.lora_alpha <= 0:
         raise ValueError(f"model.lora_alpha {c.model.lora_alpha} must be above 0")
 
@@ -327,10 +352,17 @@ def _check_positive(c: Config) -> None:
         "actor.ppo_epochs": c.actor.ppo_epochs,
         "actor.ppo_mini_batch_size": c.actor.ppo_mini_batch_size,
         "critic.ppo_epochs": c.critic.ppo_epochs,
+        "actor.ppo_max_token_len_per_gpu": c.actor.ppo_max_token_len_per_gpu,
+        "critic.ppo_max_token_len_per_gpu": c.critic.ppo_max_token_len_per_gpu,
+        "algorithm.kl_ctrl.horizon": c.algorithm.kl_ctrl.horizon,
+        "algorithm.kl_ctrl.target_kl": c.algorithm.kl_ctrl.target_kl,
+        "reward.timeout_s": c.reward.timeout_s,
         "trainer.total_epochs": c.trainer.total_epochs,
+        "trainer.total_training_steps": c.trainer.total_training_steps,
+        "trainer.row_length": c.trainer.row_length,
     }
     for key, value in numbers.items():
-        if value <= 0:
+        if value is not None and not value > 0:  # nor may it be nan
             raise ValueError(f"{key} is {value} and must be above 0")
 
 
@@ -367,7 +399,8 @@ MAY_CHANGE = {
 def differences(c: Config, saved: Path) -> list[str]:
     """The settings in which `c` is not the run that `saved` (its config.yaml) describes, but for `MAY_CHANGE`."""
     theirs = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
-    ours = _flat(OmegaConf.to_container(OmegaConf.create(to_dict(c))))
+    # Through YAML as well: it knows no tuples.
+    ours = _flat(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(to_dict(c))))))
     return [
         f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
         for key in sorted(theirs.keys() | ours.keys())
@@ -381,7 +414,8 @@ def _flat(tree: Any, where: str = "") -> dict[str, Any]:
     return {name: x for key, value in tree.items() for name, x in _flat(value, f"{where}.{key}" if where else key).items()}
 
 
-def _refuse_unknown_keys(cls: type, given: Any, where: str) -> None:
+def _check_keys_and_types(cls: type, given: Any, where: str) -> None:
+    """Refuses, by its full name, a key that `cls` has not or a value that is not of its type."""
     if not isinstance(given, dict):
         raise ValueError(f"{where.rstrip('.') or 'the config'} must be a section with keys, and is {given!r}")
     types = typing.get_type_hints(cls)
@@ -391,7 +425,12 @@ def _refuse_unknown_keys(cls: type, given: Any, where: str) -> None:
             hint = f" Did you mean {where}{close[0]}?" if close else f" Known: {', '.join(types)}."
             raise ValueError(f"{where}{key} is not a key of the config.{hint}")
         if dataclasses.is_dataclass(types[key]):
-            _refuse_unknown_keys(typing.cast(type, types[key]), value, f"{where}{key}.")
+            _check_keys_and_types(typing.cast(type, types[key]), value, f"{where}{key}.")
         elif types[key] == list[RewardFunction] and isinstance(value, list):
             for i, item in enumerate(value):
-                _refuse_unknown_keys(RewardFunction, item, f"{where}{key}[{i}].")
+                _check_keys_and_types(RewardFunction, item, f"{where}{key}[{i}].")
+        elif not (isinstance(value, str) and value.startswith("${")):  # a reference is judged where it leads
+            try:
+                OmegaConf.merge(OmegaConf.structured(cls), {key: value})
+            except (OmegaConfBaseException, TypeError):
+                raise ValueError(f"{where}{key} is {value!r} and must be {cls.__annotations__[key]}") from None
