@@ -165,7 +165,7 @@ def test_another_run_is_never_overwritten(settings, tmp_path):
 CHOICES = {
     "grpo with a KL loss and adapters": {
         "algorithm__adv_estimator": "grpo", "actor__use_kl_loss": True, "model__lora_rank": 4,
-        "actor__loss_agg_mode": "seq-mean-token-mean",
+        "actor__ppo_mini_batch_size": 8, "actor__loss_agg_mode": "seq-mean-token-mean",
     },
     "remax with gspo": {"algorithm__adv_estimator": "remax", "actor__policy_loss": {"loss_mode": "gspo"}},
     "rloo with corrections and top-p": {
