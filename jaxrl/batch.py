@@ -75,7 +75,9 @@ class PolicyTargets(NamedTuple):
     advantages: Float[np.ndarray, "R S"]
     ref_logprobs: Float[np.ndarray, "R S"]  # zeros where no reference is used
     rollout_weights: Float[np.ndarray, "R S"]  # importance weights old/rollout; ones where not corrected
-    loss_weights: Float[np.ndarray, "R S"]  # what the aggregation mode gives a token: loss = sum(token_loss * loss_weights)
+    loss_weights: Float[
+        np.ndarray, "R S"
+    ]  # what the aggregation mode gives a token: loss = sum(token_loss * loss_weights)
 
 
 class ValueTargets(NamedTuple):

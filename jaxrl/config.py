@@ -324,9 +324,13 @@ def check(c: Config) -> None:
             f"{longest}: raise it or leave it out"
         )
     if not c.reward.functions and c.reward.model.path is None:
-        raise ValueError("there is no reward: set reward.functions, for example [{name: exact_number}], or reward.model.path")
+        raise ValueError(
+            "there is no reward: set reward.functions, for example [{name: exact_number}], or reward.model.path"
+        )
     if c.model.attention == "splash" and c.trainer.share_prompt and c.rollout.n > 1:
-        raise ValueError("model.attention splash cannot share a prompt between responses: set trainer.share_prompt=false")
+        raise ValueError(
+            "model.attention splash cannot share a prompt between responses: set trainer.share_prompt=false"
+        )
     correction = c.algorithm.rollout_correction
     if (correction.rollout_rs is None) != (correction.rollout_rs_threshold is None):
         raise ValueError(
@@ -411,7 +415,9 @@ def differences(c: Config, saved: Path) -> list[str]:
 def _flat(tree: Any, where: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {where: tree}
-    return {name: x for key, value in tree.items() for name, x in _flat(value, f"{where}.{key}" if where else key).items()}
+    return {
+        name: x for key, value in tree.items() for name, x in _flat(value, f"{where}.{key}" if where else key).items()
+    }
 
 
 def _check_keys_and_types(cls: type, given: Any, where: str) -> None:

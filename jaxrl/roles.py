@@ -35,7 +35,9 @@ def model_config(m: Model, source: Path, **changes: Any) -> ModelConfig:
     )
     layers = changes.get("num_layers")
     if layers is not None and not 1 <= layers <= config.num_layers:
-        raise ValueError(f"critic.num_layers {layers} must lie between 1 and the {config.num_layers} layers of {source}")
+        raise ValueError(
+            f"critic.num_layers {layers} must lie between 1 and the {config.num_layers} layers of {source}"
+        )
     return dataclasses.replace(config, **changes)
 
 
@@ -100,10 +102,7 @@ def _lower_layers(source: Path, config: ModelConfig, head: str) -> Checkpoint:
     checkpoint = open_checkpoint(source)
     num_stored = ModelConfig.from_hf(load_hf_config(source)).num_layers
     above = {
-        name
-        for row in rows(config, head=head)
-        if row.stacked
-        for name in row.hf_names(num_stored)[config.num_layers :]
+        name for row in rows(config, head=head) if row.stacked for name in row.hf_names(num_stored)[config.num_layers :]
     }
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in above}
     return Checkpoint(checkpoint.folder, tensors, kind=checkpoint.kind, layout=checkpoint.layout)

@@ -100,7 +100,9 @@ class Trainer:
         if t.resume_mode == "auto" and latest is not None:
             return self.checkpoints, latest
         if (self.folder / "metrics.jsonl").exists() and (t.resume_mode != "auto" or (self.folder / "hf").exists()):
-            raise ValueError(f"{self.folder} already holds a run, and there is no checkpoint to go on from: {other_name}")
+            raise ValueError(
+                f"{self.folder} already holds a run, and there is no checkpoint to go on from: {other_name}"
+            )
         if t.resume_mode == "resume_path":
             path = Path(str(t.resume_from_path)).expanduser()
             match = re.fullmatch(r"global_step_(\d+)", path.name)
@@ -411,7 +413,12 @@ class Trainer:
         )  # fmt: skip
 
     def _score(
-        self, prompts: list[Prompt], rollouts: list[Rollout], samples: Samples | None = None, step: int = 0, split: str = ""
+        self,
+        prompts: list[Prompt],
+        rollouts: list[Rollout],
+        samples: Samples | None = None,
+        step: int = 0,
+        split: str = "",
     ) -> list[Score]:
         """The score of each rollout; what was said goes to `samples`."""
         texts = [self.tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in rollouts]

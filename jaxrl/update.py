@@ -69,9 +69,7 @@ def _logprobs(config: ModelConfig, variables: Tree, rows: PackedRows, num_slots:
     hidden = _hidden(config, variables, rows, "lm")
     table = decoder.head_table(config, variables["params"])
     with jax.named_scope("logprobs"):
-        return target_logprobs(
-            hidden, table, rows.target_columns, rows.target_ids, num_slots, temperature=temperature
-        )
+        return target_logprobs(hidden, table, rows.target_columns, rows.target_ids, num_slots, temperature=temperature)
 
 
 def _values(config: ModelConfig, variables: Tree, rows: PackedRows) -> Array:
@@ -102,7 +100,9 @@ class Programs:
         counts = put_replicated(self.mesh, (layout.num_slots, np.int32(layout.num_micro_batches)))
         return rows, extra, *counts
 
-    def step(self, state: TrainState, frozen: Tree, layout: Layout, targets: Tree, lr: float) -> tuple[TrainState, Tree]:
+    def step(
+        self, state: TrainState, frozen: Tree, layout: Layout, targets: Tree, lr: float
+    ) -> tuple[TrainState, Tree]:
         """One optimizer update on one mini-batch, in place of the old state.
 
         The metrics are `sums` over trained tokens, `losses` as they are, and `grad_norm` before clipping; they stay on
@@ -112,10 +112,14 @@ class Programs:
             shardings = jax.tree.map(lambda x: x.sharding, state)  # comes back as it came, so that it compiles once
             self._compiled_step = self.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
         rows, targets, num_slots, num_micro = self.put(layout, targets)
-        return self._compiled_step(state, frozen, rows, targets, num_slots, num_micro, put_replicated(self.mesh, np.float32(lr)))
+        return self._compiled_step(
+            state, frozen, rows, targets, num_slots, num_micro, put_replicated(self.mesh, np.float32(lr))
+        )
 
     def _step(self, state: TrainState, frozen, rows, targets, num_slots, num_micro, lr):
-        grads, (sums, losses) = accumulate(self._token_losses, state.trained, frozen, rows, targets, num_slots, num_micro)
+        grads, (sums, losses) = accumulate(
+            self._token_losses, state.trained, frozen, rows, targets, num_slots, num_micro
+        )
         assert self.optimizer is not None, "a role without an optimizer takes no steps"
         with jax.named_scope("optimizer"):
             trained, opt_state, grad_norm = self.optimizer.update(grads, state.opt_state, state.trained, lr)

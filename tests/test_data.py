@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from jaxrl.data import PromptDataset, PromptLoader, load_rows, truncate
 
 TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}<|{{ message.role }}|>{{ message.content }}"
+    "{% for message in messages %}{% if message.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
+    "<|{{ message.role }}|>{{ message.content }}"
     "{% if message.name is defined %}({{ message.name }}){% endif %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}{% if style is defined %}{{ style }}{% endif %}"
 )

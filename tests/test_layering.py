@@ -34,7 +34,7 @@ LIBRARIES = {
     "optax": {"optimizer": "file"},
     "orbax": {"checkpoint": "file", "weights.orbax_folder": "function"},
     # Files from before torch 1.6, which only torch reads, and the comparison with transformers where it is installed.
-    "torch": {"weights.torch_bin": "function", "weights.verify": "function"},
+    "torch": {"weights.torch_bin": "function", "weights.verify": "function", "scripts.benchmark": "function"},
     "wandb": {"loggers": "function"},
     "gguf": {"weights.gguf": "function"},
     "vllm": {},

@@ -170,7 +170,10 @@ def test_wrong_functions_and_tasks_are_named(tmp_path):
 
 
 def test_an_unreachable_hub_is_said_in_one_sentence(tmp_path):
-    code = "from jaxrl.sources import load_rows\ntry: load_rows('org/name:main', split='train')\nexcept ValueError as e: print(e)"
+    code = (
+        "from jaxrl.sources import load_rows\n"
+        "try: load_rows('org/name:main', split='train')\nexcept ValueError as e: print(e)"
+    )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", code]

@@ -109,7 +109,13 @@ def test_ppo_learns_and_leaves_a_folder_that_transformers_opens(settings, tmp_pa
     assert rows[1]["reward/length/mean"] > 0
 
     folder = tmp_path / "ppo"
-    assert {path.name for path in folder.iterdir()} >= {"config.yaml", "metrics.jsonl", "samples.jsonl", "reward.png", "hf"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "reward.png",
+        "hf",
+    }
     sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
     assert sample["step"] == 16 and sample["split"] == "val" and sample["prompt"].endswith("=")
 
@@ -187,7 +193,9 @@ def test_choices_work_together(settings, name):
     assert np.isfinite(list(numbers_of(last).values())).all()
     assert last["actor/grad_norm"] > 0
     if "KL loss" in name:
-        assert rows[0]["actor/kl_loss"] == pytest.approx(0, abs=1e-4) and last["actor/kl_loss"] > rows[0]["actor/kl_loss"]
+        assert (
+            rows[0]["actor/kl_loss"] == pytest.approx(0, abs=1e-4) and last["actor/kl_loss"] > rows[0]["actor/kl_loss"]
+        )
     if "corrections" in name:
         assert "rollout_corr/rollout_is_mean" in last and "rollout_corr/rollout_rs_token_k1_mean" in last
     if "bypass" in name:

