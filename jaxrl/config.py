@@ -35,7 +35,7 @@ class Model:
 class Data:
     train_files: Any = MISSING  # parquet, json or jsonl file(s), a Hub id, path/to/file.py:function, or task:name
     val_files: Any = None
-    train_kwargs: dict[str, Any] = field(default_factory=dict)  # for a task, a function or load_dataset
+    train_kwargs: dict[str, Any] = field(default_factory=dict)  # split, and what a task, function or load_dataset takes
     val_kwargs: dict[str, Any] = field(default_factory=dict)
     prompt_key: str = "prompt"
     ground_truth_key: str | None = None  # None: reward_model.ground_truth, as verl has it
@@ -195,7 +195,7 @@ class TrainerSection:
     total_epochs: int = 30
     total_training_steps: int | None = None
     critic_warmup: int = 0  # steps before the first actor update
-    save_freq: int = -1  # steps between checkpoints; -1: only at the end, 0: none
+    save_freq: int = -1  # steps between checkpoints, and one at the end; -1: none
     max_ckpt_to_keep: int | None = 1
     resume_mode: str = "auto"  # auto: go on from the run's last checkpoint; disable; resume_path
     resume_from_path: str | None = None  # a checkpoint folder global_step_<n>, with resume_path

@@ -114,10 +114,10 @@ class Trainer:
     def _dataset(self, split: str) -> PromptDataset:
         d = self.config.data
         files, kwargs = (d.train_files, d.train_kwargs) if split == "train" else (d.val_files, d.val_kwargs)
-        if isinstance(files, str) and files.startswith("task:"):
-            rows = load_rows(files, split="train" if split == "train" else "test", kwargs=dict(kwargs))
-        else:
-            rows = load_rows(files, kwargs=dict(kwargs))
+        kwargs = dict(kwargs)
+        is_task = isinstance(files, str) and files.startswith("task:")
+        rows_split = kwargs.pop("split", {"train": "train", "val": "test"}[split] if is_task else None)
+        rows = load_rows(files, split=rows_split, kwargs=kwargs)
         return PromptDataset(
             rows, self.tokenizer, max_prompt_length=d.max_prompt_length, prompt_key=d.prompt_key,
             ground_truth_key=d.ground_truth_key, filter_overlong_prompts=d.filter_overlong_prompts,

@@ -208,3 +208,14 @@ def test_a_mesh_of_eight_devices_takes_the_same_step(settings):
                         mesh={"data": 2, "fsdp": 2, "tensor": 2}))[0]  # fmt: skip
     for name in ("critic/score/mean", "actor/grad_norm", "actor/pg_loss", "actor/entropy", "critic/vf_loss"):
         assert many[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), name
+
+
+def test_a_folder_of_splits_is_read_by_split(settings, tmp_path):
+    tree = settings("splits")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("train", "val"):
+        shutil.copy(tmp_path / f"{split}.jsonl", folder)
+        tree["data"] |= {f"{split}_files": str(folder), f"{split}_kwargs": {"split": split}}
+    trainer = Trainer(from_dict(tree))
+    assert (len(trainer.loader.dataset), len(trainer.val)) == (16, 8)
