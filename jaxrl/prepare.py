@@ -17,13 +17,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .algorithms.advantages import ADVANTAGES, place_scores
 from .algorithms.choose import bind, choose
-from .algorithms.correction import importance_weights, mismatch_metrics, rejection_mask
+from .algorithms.correction import (
+    IMPORTANCE_LEVELS,
+    importance_weights,
+    mismatch_metrics,
+    parse_band,
+    parse_rejection,
+    rejection_mask,
+)
 from .algorithms.kl import KL_CONTROLLERS, KL_ESTIMATORS, mean_kl, penalise_rewards
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """The choices of this stage (verl's names); the names of functions are looked up when it is made."""
+    """The choices of this stage (verl's names); names and thresholds are looked at when it is made."""
 
     adv_estimator: str = "gae"
     gamma: float = 1.0
@@ -45,6 +52,19 @@ class Preparation:
         choose(ADVANTAGES, self.adv_estimator, "algorithm.adv_estimator")
         choose(KL_ESTIMATORS, self.kl_penalty, "algorithm.kl_penalty")
         choose(KL_CONTROLLERS, self.kl_ctrl_type, "algorithm.kl_ctrl.type")
+        key = "algorithm.rollout_correction"
+        if self.rollout_is not in (None, *IMPORTANCE_LEVELS):
+            known = ", ".join(IMPORTANCE_LEVELS)
+            raise ValueError(f"{key}.rollout_is is {self.rollout_is!r} and must be None or one of {known}")
+        if (self.rollout_rs is None) != (self.rollout_rs_threshold is None):
+            raise ValueError(f"{key}.rollout_rs and rollout_rs_threshold belong together: set both or neither")
+        try:
+            if self.rollout_is is not None:
+                parse_band(self.rollout_is_threshold)
+            if self.rollout_rs is not None and self.rollout_rs_threshold is not None:
+                parse_rejection(self.rollout_rs, self.rollout_rs_threshold)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
 
 
 class Inputs(NamedTuple):
