@@ -13,10 +13,11 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -132,13 +133,10 @@ def run_update(args: argparse.Namespace, setup: Setup) -> None:
             # numbers: those take torch several times as long.
             noise, advantages = rng.normal(size=(2, *sequences.tokens.shape)).astype(np.float32)
             batch = Batch(sequences, ours(JaxrlUpdate.logprobs, sequences) + 0.1 * noise, advantages)
-            calls = take_turns(
-                {side.name: lambda side=side: side(side.kind.step, batch) for side in (ours, theirs) if side},
-                args.rounds,
-            )
+            runs = {side.name: partial(side, side.kind.step, batch) for side in (ours, theirs) if side}
             prompt_lengths = np.array([len(sequences.prompts[p]) for p in sequences.group])
             print_case(
-                case, calls, what="loss", tolerance=1e-4 if is_exact(setup, device) else 2e-2,
+                case, take_turns(runs, args.rounds), what="loss", tolerance=1e-4 if is_exact(setup, device) else 2e-2,
                 num_tokens=int(prompt_lengths.sum() + sequences.lengths.sum()),
                 flops=update_flops(config, prompt_lengths, sequences.lengths), peak=peak_flops(device, setup.dtype),
             )  # fmt: skip
@@ -320,11 +318,9 @@ def run_generate(args: argparse.Namespace, setup: Setup) -> None:
         for case in args.cases:
             wanted = make_lengths(rng, len(prompts), T, ragged=case == "ragged")
             stop_ids, lengths = stops_for(responses, wanted)
-            runs: dict[str, Callable[[], Call]] = {
-                "jaxrl": lambda stop_ids=stop_ids: ours(JaxrlGenerate.generate, prompts, T, stop_ids)
-            }
+            runs = {"jaxrl": partial(ours, JaxrlGenerate.generate, prompts, T, stop_ids)}
             if theirs:
-                runs["torch"] = lambda lengths=lengths: theirs(TorchGenerate.generate, prompts, lengths)
+                runs["torch"] = partial(theirs, TorchGenerate.generate, prompts, lengths)
             print_case(
                 case, take_turns(runs, args.rounds), what="tokens", tolerance=0, num_tokens=int(lengths.sum()),
                 flops=generate_flops(config, np.full(len(prompts), args.prompt_tokens), lengths),
@@ -436,7 +432,7 @@ def generate_flops(config: ModelConfig, prompt_lengths: np.ndarray, response_len
 
 
 class Side:
-    """One side in a process of its own: memory, threads and allocator are not the other's. False where it is missing."""
+    """One side in a process of its own: memory, threads and allocator are not the other's."""
 
     def __init__(self, stack: ExitStack, name: str, kind: type, *args: Any):
         self.name, self.kind = name, kind
@@ -517,7 +513,7 @@ def load_torch(setup: Setup, device: str) -> Any:
     return model.to(device)
 
 
-def take_turns(runs: dict[str, Callable[[], Call]], rounds: int) -> dict[str, list[Call]]:
+def take_turns(runs: Mapping[str, Callable[[], Call]], rounds: int) -> dict[str, list[Call]]:
     """Every side once and then `rounds` times, who goes first alternating."""
     calls: dict[str, list[Call]] = {name: [] for name in runs}
     for number in range(rounds + 1):
