@@ -1,0 +1,93 @@
+"""The reward model scores what transformers recorded, whatever stands beside it in the batch, and refuses other models."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jaxrl.config import Model
+from jaxrl.parallel import make_mesh
+from jaxrl.reward_model import RewardModel
+from jaxrl.rewards import Sample
+
+DATA = Path(__file__).parent / "data"
+LLAMA = DATA / "heads" / "llama-seqcls-reward"
+RECORDED = np.load(LLAMA / "expected.npz")
+TEXTS = [
+    " ".join(f"w{token}" for token in row[mask == 1])
+    for row, mask in zip(RECORDED["input_ids"], RECORDED["attention_mask"], strict=True)
+]
+SCORES = RECORDED["logits"][:, 0]  # of three sequences of 10, 7 and 6 tokens
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function that copies a model and gives it a tokenizer of 64 words, w0 to w63."""
+
+    def copy(source: Path, chat_template: str | None = None) -> str:
+        target = tmp_path / source.name
+        shutil.copytree(source, target)
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=chat_template)
+        tokenizer.save_pretrained(target)
+        return str(target)
+
+    return copy
+
+
+def model_of(path: str, mesh=(1, 1, 1), max_tokens=256) -> RewardModel:
+    return RewardModel(path, make_mesh(*mesh), Model(path=path, compute_dtype="float32"), max_tokens=max_tokens)
+
+
+def sample(text: str, messages=None) -> Sample:
+    """A sample whose prompt is the text's first two words."""
+    words = text.split()
+    return Sample(
+        prompt=" ".join(words[:2]) + " ", response=" ".join(words[2:]), ground_truth="", data_source="test",
+        extra_info={}, response_length=len(words) - 2, finished=True, messages=messages,
+    )  # fmt: skip
+
+
+def rewards(model: RewardModel, samples: list[Sample]) -> list[float]:
+    scores = model.score(samples)
+    assert all(score.error is None and score.metrics == {} for score in scores)
+    return [score.reward for score in scores]
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_scores_are_those_that_transformers_recorded(folder, mesh):
+    model = model_of(folder(LLAMA), mesh)
+    np.testing.assert_allclose(rewards(model, [sample(text) for text in TEXTS]), SCORES, atol=2e-4)  # float32
+
+
+def test_order_is_kept_and_neighbours_of_any_length_do_not_matter(folder):
+    long = " ".join(f"w{(7 * i) % 61}" for i in range(150))  # longer than the shortest row
+    model = model_of(folder(LLAMA))
+    chosen = [2, 0, 1, 1, 2, 0, 0]
+    mixed = rewards(model, [sample(long), *(sample(TEXTS[i]) for i in chosen), sample(long)])
+    np.testing.assert_allclose(mixed[1:-1], SCORES[chosen], atol=2e-4)  # float32
+    np.testing.assert_allclose([mixed[0], mixed[-1]], rewards(model, [sample(long)]) * 2, atol=1e-5)
+    assert min(abs(mixed[0] - SCORES)) > 1e-3
+
+
+def test_a_conversation_goes_through_the_models_own_chat_template(folder):
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    model = model_of(folder(LLAMA, template))
+    words = TEXTS[0].split()
+    conversation = [{"role": "system", "content": words[0]}, {"role": "user", "content": words[1]}]
+    others = sample("w1 w1 " + " ".join(words[2:]), messages=conversation)  # its prompt is of another template
+    np.testing.assert_allclose(rewards(model, [others]), SCORES[:1], atol=2e-4)  # float32
+
+
+def test_a_model_with_several_labels_is_refused(folder):
+    with pytest.raises(ValueError, match="label"):
+        model_of(folder(DATA / "heads" / "qwen2-seqcls-3labels"))
+
+
+def test_a_model_without_a_score_head_is_refused(folder):
+    with pytest.raises(ValueError, match="score"):
+        model_of(folder(DATA / "hf_torch" / "qwen3"))
