@@ -18,6 +18,9 @@ from .parallel import num_row_shards
 from .rewards import Sample, Score
 from .roles import abstract_variables, load_base, model_config
 from .update import Critic
+from .weights.folder import load_hf_config
+from .weights.formats import open_checkpoint
+from .weights.heads import find_head
 from .weights.load import resolve
 
 ROWS = 128  # packed rows are a multiple of it long
@@ -28,13 +31,17 @@ class RewardModel:
 
     def __init__(self, path: str, mesh: jax.sharding.Mesh, model: Model, *, max_tokens: int):
         source = resolve(path)
+        head = find_head(open_checkpoint(source), load_hf_config(source))
+        if head is None or head.num_labels != 1:
+            found = "no score head" if head is None else f"a score head of {head.num_labels} labels"
+            raise ValueError(f"reward.model.path {path} has {found}: give a sequence-classification model with one label")
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
         self.mesh = mesh
         self.rows = max(1, max_tokens // ROWS)  # of ROWS tokens in a micro-batch on one device
-        config = model_config(model, source)
+        config = model_config(model, source, score_bias=head.has_bias)
         self.critic = Critic(mesh, config, None, 0.0)
         abstract = abstract_variables(mesh, config, "score", model.compute_dtype)
-        self.variables = {"params": load_base(source, config, abstract)}  # its head must be there, with one label
+        self.variables = {"params": load_base(source, config, abstract)}
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         token_ids = [self._tokenize(sample) for sample in samples]
