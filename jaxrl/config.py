@@ -19,6 +19,8 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -28,7 +30,7 @@ class Model:
     attention: str = "xla"  # xla; cudnn on NVIDIA; splash on TPU
     lora_rank: int = 0  # 0: train all weights
     lora_alpha: float = 16.0
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: tuple[str, ...] = LORA_TARGETS
 
 
 @dataclass(frozen=True)
@@ -221,10 +223,6 @@ class Config:
     trainer: TrainerSection = field(default_factory=TrainerSection)
 
     @property
-    def needs_critic(self) -> bool:
-        return self.algorithm.adv_estimator == "gae"
-
-    @property
     def needs_ref(self) -> bool:
         return self.actor.use_kl_loss or self.algorithm.use_kl_in_reward
 
@@ -340,6 +338,15 @@ def check(c: Config) -> None:
         raise ValueError("trainer.resume_mode resume_path needs trainer.resume_from_path, a folder global_step_<n>")
     if c.model.lora_rank < 0:
         raise ValueError(f"model.lora_rank {c.model.lora_rank} must be 0, which trains all weights, or above")
+    if correction.bypass_mode and (correction.rollout_is or correction.rollout_rs):
+        raise ValueError(
+            "algorithm.rollout_correction.bypass_mode leaves nothing to correct: unset it, or rollout_is and rollout_rs"
+        )
+    if c.rollout.val_kwargs.temperature == 0 and c.rollout.val_kwargs.n > 1:
+        raise ValueError("rollout.val_kwargs.n above 1 needs rollout.val_kwargs.temperature above 0")
+    wrong = [name for name in c.model.lora_targets if name not in LORA_TARGETS]
+    if c.model.lora_rank and (wrong or not c.model.lora_targets):
+        raise ValueError(f"model.lora_targets {list(c.model.lora_targets)} must be some of {', '.join(LORA_TARGETS)}")
     if c.model.lora_rank and c.model.lora_alpha <= 0:
         raise ValueError(f"model.lora_alpha {c.model.lora_alpha} must be above 0")
 
@@ -392,8 +399,11 @@ def save(c: Config, path: Path) -> None:
     OmegaConf.save(OmegaConf.create(to_dict(c)), path)
 
 
-# What a run may change when it goes on: none of it changes the course of the steps.
+# What a run may change when it goes on: none of it changes the course of the steps by more than rounding (but a schedule
+# that falls over the run follows its new length).
 MAY_CHANGE = {
+    "model.remat", "model.attention", "actor.ppo_max_token_len_per_gpu", "critic.ppo_max_token_len_per_gpu",
+    "trainer.row_length", "trainer.share_prompt",
     "trainer.total_epochs", "trainer.total_training_steps", "trainer.save_freq", "trainer.max_ckpt_to_keep",
     "trainer.resume_mode", "trainer.resume_from_path", "trainer.test_freq", "trainer.val_before_train",
     "trainer.logger", "trainer.run_dir", "rollout.max_num_seqs", "mesh.data", "mesh.fsdp", "mesh.tensor",

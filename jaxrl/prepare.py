@@ -133,6 +133,9 @@ def _prepare(p: Preparation, x: Inputs) -> tuple[Prepared, dict[str, Any]]:
         )
         metrics |= more
 
+        # The score moves with the last token that is trained: a rejected end must not take it along.
+        rewards = rewards + place_scores(x.scores, mask) - place_scores(x.scores, x.mask)
+
     estimate = bind(
         choose(ADVANTAGES, p.adv_estimator, "algorithm.adv_estimator"),
         group=x.group, values=x.values, baselines=x.baselines, gamma=p.gamma, lam=p.lam,

@@ -16,6 +16,7 @@ from .config import Model
 from .packing import Sequences, max_micro_batches, pack
 from .parallel import num_row_shards
 from .rewards import Sample, Score
+from .rewards.score import failed, score_of
 from .roles import abstract_variables, load_base, model_config
 from .update import Critic
 from .weights.folder import load_hf_config
@@ -39,6 +40,7 @@ class RewardModel:
         self.mesh = mesh
         self.rows = max(1, max_tokens // ROWS)  # of ROWS tokens in a micro-batch on one device
         config = model_config(model, source, score_bias=head.has_bias)
+        self.max_position = config.max_position
         self.critic = Critic(mesh, config, None, 0.0)
         abstract = abstract_variables(mesh, config, "score", model.compute_dtype)
         self.variables = {"params": load_base(source, config, abstract)}
@@ -56,10 +58,14 @@ class RewardModel:
         rows = max(1, self.rows * ROWS // row_length) * num_row_shards(self.mesh)
         layout = pack(
             sequences, range(len(samples)), row_length=row_length, rows_per_micro_batch=rows, share_prompt=False,
-            max_micro_batches=max_micro_batches(len(samples), longest, row_length, rows),
+            max_micro_batches=max_micro_batches(len(samples), row_length, row_length, rows),
         )  # fmt: skip
         values = self.critic.values(self.variables, layout)
-        return [Score(float(value)) for value in values[:, 0]]
+        return [
+            score_of(float(value)) if len(ids) <= self.max_position
+            else failed(f"{len(ids)} tokens are more than the {self.max_position} of the reward model's context")
+            for ids, value in zip(token_ids, values[:, 0], strict=True)
+        ]  # fmt: skip
 
     def close(self) -> None:
         self.variables = None

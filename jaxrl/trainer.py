@@ -7,6 +7,7 @@ lives in `rollout/`, `rewards/`, `prepare.py` and `update.py`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import re
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import config as config_module
-from .algorithms.aggregation import aggregation_weights
+from .algorithms.advantages import ADVANTAGES
+from .algorithms.aggregation import AGGREGATIONS, aggregation_weights
 from .algorithms.choose import choose
 from .algorithms.kl import KL_ESTIMATORS
 from .algorithms.losses import FIXED_AGGREGATIONS, POLICY_LOSSES
@@ -27,7 +29,7 @@ from .batch import PolicyTargets, Prompt, Rollout, ValueTargets
 from .checkpoint import Checkpoints
 from .config import Config, Optim
 from .data import PromptDataset, PromptLoader
-from .loggers import Metrics, Run, Samples
+from .loggers import LOGGERS, Metrics, Run, Samples
 from .metrics import CompileCounter, Timer, data_metrics, memory_metrics, throughput_metrics, validation_metrics
 from .models.lora import merge_lora
 from .optimizer import lr_schedule
@@ -78,6 +80,7 @@ class Trainer:
         if jax.process_index() == 0:
             rows = self._rows(c.actor.ppo_max_token_len_per_gpu)
             print(config_module.describe(c, num_rows=rows, steps=self.steps, num_prompts=len(train)))
+        self._check_choices()
         self.prepare = make_prepare(_preparation(c))
         self.scorer = self._make_scorer()
         self.compiles = CompileCounter()
@@ -99,7 +102,8 @@ class Trainer:
         latest = self.checkpoints.latest()
         if t.resume_mode == "auto" and latest is not None:
             return self.checkpoints, latest
-        if (self.folder / "metrics.jsonl").exists() and (t.resume_mode != "auto" or (self.folder / "hf").exists()):
+        held = latest is not None or any((self.folder / name).exists() for name in ("metrics.jsonl", "samples.jsonl", "hf"))
+        if held and (t.resume_mode != "auto" or (self.folder / "hf").exists()):
             raise ValueError(
                 f"{self.folder} already holds a run, and there is no checkpoint to go on from: {other_name}"
             )
@@ -125,6 +129,25 @@ class Trainer:
             apply_chat_template_kwargs=dict(d.apply_chat_template_kwargs), name=f"data.{split}_files",
         )  # fmt: skip
 
+    def _check_choices(self) -> None:
+        """What names mean is known to modules that the config does not import: asked here, before weights are loaded."""
+        c = self.config
+        estimator = choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator")
+        wanted = inspect.signature(estimator).parameters
+        self.needs_critic, self.needs_baselines = "values" in wanted, "baselines" in wanted
+        choose(AGGREGATIONS, c.actor.loss_agg_mode, "actor.loss_agg_mode")
+        choose(AGGREGATIONS, c.critic.loss_agg_mode, "critic.loss_agg_mode")
+        for name in c.trainer.logger:
+            choose(LOGGERS, name, "trainer.logger")
+        self._sampling(c.rollout)
+        self._sampling(c.rollout.val_kwargs)
+        longest = c.data.max_prompt_length + c.data.max_response_length
+        if longest > (most := model_config(c.model, self.source).max_position):
+            raise ValueError(
+                f"data.max_prompt_length + data.max_response_length = {longest} is more than the {most} tokens of the "
+                f"context of {c.model.path}: lower one of them"
+            )
+
     def _make_scorer(self):
         r = self.config.reward
         started = {}
@@ -148,6 +171,9 @@ class Trainer:
         self.actor_lr = _schedule(c.actor.optim, self.steps)
         self.actor_abstract = abstract_variables(self.mesh, self.model, "lm")
         adapters = "lora" in self.actor_abstract
+        if adapters:  # what does not train needs no float32
+            frozen = abstract_variables(self.mesh, self.model, "lm", m.compute_dtype)["params"]
+            self.actor_abstract = {**self.actor_abstract, "params": frozen}
         base = None
         if adapters or self.start is None:
             base = load_base(self.source, self.model, self.actor_abstract)
@@ -167,7 +193,7 @@ class Trainer:
                     raise ValueError(f"ref.path {c.ref.path} is not of the shape of model.path {c.model.path}")
                 abstract = abstract_variables(self.mesh, config, "lm", m.compute_dtype)
                 self.ref = {"params": load_base(source, config, abstract)}
-        if c.needs_critic:
+        if self.needs_critic:
             source = resolve(c.critic.path or c.model.path)
             layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
             config = model_config(m, source, score_bias=True, **layers)
@@ -183,17 +209,18 @@ class Trainer:
     # Checkpoints: all that the steps after this one depend on.
 
     def _save(self, step: int) -> None:
-        state = {"actor": self.actor} | ({"critic": self.critic_state} if self.config.needs_critic else {})
+        state = {"actor": self.actor} | ({"critic": self.critic_state} if self.needs_critic else {})
         self.checkpoints.save(step, state, {"step": step, "loader": self.loader.state(), "kl_coef": self.kl_coef})
 
     def _restore(self, checkpoints: Checkpoints, step: int) -> None:
         abstract = {"actor": abstract_train_state(self.actor_optimizer, self.actor_abstract)}
-        if self.config.needs_critic:
+        if self.needs_critic:
             abstract["critic"] = self.critic_abstract
         state, meta = checkpoints.restore(step, abstract)
         self.actor, self.critic_state = state["actor"], state.get("critic")
         self.loader.restore(meta["loader"])
-        self.kl_coef = meta["kl_coef"]
+        if self.config.algorithm.kl_ctrl.type != "fixed":
+            self.kl_coef = meta["kl_coef"]
         log.info("going on from step %d", step)
 
     # The run.
@@ -217,19 +244,23 @@ class Trainer:
             for step in range(first + 1, self.steps + 1):
                 values = self.step(step, samples, progress)
                 metrics.log(step, values)
+                # After the log: a run that goes on from this checkpoint has the step in its files.
+                if c.trainer.save_freq > 0 and (step == self.steps or step % c.trainer.save_freq == 0):
+                    self._save(step)
                 progress.completed(step)
             self.checkpoints.wait()
             metrics.close()
             samples.close()
+        self.engine.close()  # before the export: merging adapters makes a copy
         self.export(self.folder / "hf")
         if jax.process_index() == 0:
-            plot_rewards(self.folder)
-            print(f"Done: {self.folder / 'hf'} is the trained model, {self.folder / 'reward.png'} its reward by step.")
-        self.engine.close()
+            print(f"Done: {self.folder / 'hf'} is the trained model.")
+            if "jsonl" in c.trainer.logger:
+                print(f"{plot_rewards(self.folder)} is its reward by step.")
         return values
 
     def step(self, step: int, samples: Samples, progress: Progress) -> dict[str, float]:
-        """One RL step: from the next prompts to new weights in the engine, a checkpoint and a validation when due."""
+        """One RL step: from the next prompts to new weights in the engine, and a validation when it is due."""
         c, timer, compiled = self.config, Timer(), self.compiles.count
         is_last = step == self.steps
         with timer("step"):
@@ -239,16 +270,13 @@ class Trainer:
                     prompts, self._sampling(c.rollout), seed=self._seed(step), report=report
                 )
             baselines = None
-            if c.algorithm.adv_estimator == "remax":
+            if self.needs_baselines:
                 with timer("gen"):
                     greedy = self.engine.generate(prompts, self._sampling(c.rollout, greedy=True), seed=0)
                 baselines = np.array([s.reward for s in self._score(prompts, greedy)], np.float32)
             with timer("reward"):
                 scores = self._score(prompts, rollouts, samples, step, "train")
             metrics = self._learn(step, prompts, rollouts, scores, baselines, timer)
-            if c.trainer.save_freq > 0 and (is_last or step % c.trainer.save_freq == 0):
-                with timer("save_checkpoint"):
-                    self._save(step)
             with timer("update_weights"):
                 self.engine.update_weights(self._actor_variables(), step)
         if self.val is not None and (is_last or (c.trainer.test_freq > 0 and step % c.trainer.test_freq == 0)):
@@ -287,7 +315,7 @@ class Trainer:
         if c.needs_ref:
             with timer("ref"):
                 ref_logprobs, _ = self.policy.logprobs(self.ref, everything)
-        if c.needs_critic:
+        if self.needs_critic:
             with timer("values"):
                 layout = self._pack(sequences, range(len(rollouts)), c.critic.ppo_max_token_len_per_gpu)
                 values = self.critic.values(self.critic_state.trained, layout)
@@ -299,7 +327,7 @@ class Trainer:
             ))  # fmt: skip
             self.kl_coef = float(prepared.kl_coef)
             sequences = dataclasses.replace(sequences, mask=prepared.mask)
-        if c.needs_critic:
+        if self.needs_critic:
             with timer("update_critic"):
                 metrics |= self._update_critic(step, sequences, prepared, values)
         if step > c.trainer.critic_warmup:

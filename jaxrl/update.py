@@ -170,7 +170,7 @@ class Policy(Programs):
         metrics = {**sums, "entropy": jnp.sum(jnp.where(mask, entropy, 0.0))}
         losses = {"pg_loss": pg_loss, "entropy_loss": entropy_loss}
         if c.kl_loss_coef:
-            kl = KL_ESTIMATORS[c.kl_loss_type](logprobs, targets.ref_logprobs)
+            kl = choose(KL_ESTIMATORS, c.kl_loss_type, "actor.kl_loss_type")(logprobs, targets.ref_logprobs)
             losses["kl_loss"] = jnp.sum(jnp.where(mask, kl, 0.0) * weights)
             total += c.kl_loss_coef * losses["kl_loss"]
         return total, (metrics, losses)

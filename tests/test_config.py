@@ -31,8 +31,8 @@ def file(tmp_path):
 
 
 def test_a_file_and_its_overrides_make_a_config(file):
-    c = load(file, ["actor.optim.lr=1e-4", "rollout.val_kwargs.n=3", "data.train_kwargs.size=20", "trainer.logger=[jsonl]"])
-    assert (c.actor.optim.lr, c.rollout.val_kwargs.n, c.data.train_kwargs) == (1e-4, 3, {"size": 20})
+    c = load(file, ["actor.optim.lr=1e-4", "rollout.val_kwargs.top_k=3", "data.train_kwargs.size=20", "trainer.logger=[jsonl]"])
+    assert (c.actor.optim.lr, c.rollout.val_kwargs.top_k, c.data.train_kwargs) == (1e-4, 3, {"size": 20})
     assert list(c.trainer.logger) == ["jsonl"]
     assert c.model.path == "some/model" and c.critic.optim.lr == 1e-5 and c.reward.functions[0].weight == 1.0
 
@@ -82,7 +82,7 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(override, sentence, fil
 
 
 def test_a_setting_may_refer_to_another(file):
-    assert load(file, ["rollout.n=4", "rollout.val_kwargs.n=${rollout.n}"]).rollout.val_kwargs.n == 4
+    assert load(file, ["rollout.top_k=4", "rollout.val_kwargs.top_k=${rollout.top_k}"]).rollout.val_kwargs.top_k == 4
 
 
 @pytest.mark.parametrize("override", ["actor.optim", "=5", "a..b=1", ".a=1", ""])
@@ -139,6 +139,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         (["model.attention=splash", "rollout.n=2"], "splash cannot share a prompt .* set trainer.share_prompt=false"),
         (["algorithm.rollout_correction.rollout_rs=token_k1"], "rollout_rs and rollout_rs_threshold belong together"),
         (["algorithm.rollout_correction.rollout_rs_threshold=2"], "rollout_rs and rollout_rs_threshold belong together"),
+        (["rollout.val_kwargs.n=2"], "val_kwargs.n above 1 needs rollout.val_kwargs.temperature above 0"),
+        (
+            ["algorithm.rollout_correction.bypass_mode=true", "algorithm.rollout_correction.rollout_is=token"],
+            "bypass_mode leaves nothing to correct",
+        ),
+        (["model.lora_rank=4", "model.lora_targets=[q_proj,wv]"], "model.lora_targets .*wv.* must be some of q_proj"),
+        (["model.lora_rank=4", "model.lora_targets=[]"], "model.lora_targets .* must be some of q_proj"),
         (["trainer.resume_mode=resume_path"], "resume_path needs trainer.resume_from_path"),
         (["model.lora_rank=4", "model.lora_alpha=0"], "model.lora_alpha 0.0 must be above 0"),
         (["model.lora_rank=-1"], "model.lora_rank -1 must be 0, which trains all weights, or above"),
@@ -225,7 +232,6 @@ def test_describe_does_the_arithmetic_of_a_run(file):
 
 
 def test_what_follows_from_the_settings(file):
-    assert load(file).needs_critic and not load(file, ["algorithm.adv_estimator=grpo"]).needs_critic
     assert not load(file).needs_ref
     assert load(file, ["actor.use_kl_loss=true"]).needs_ref and load(file, ["algorithm.use_kl_in_reward=true"]).needs_ref
     assert load(file).row_length == 1024 and load(file, ["trainer.row_length=2000"]).row_length == 2000

@@ -99,7 +99,8 @@ def imports_of(name: str, path: Path) -> list[Import]:
 
 
 def within(name: str, part: str) -> bool:
-    return name == f"jaxrl.{part}" or name.startswith(f"jaxrl.{part}.")
+    """Whether a module is the one, or lies in the folder, that a line of the tables names. Scripts are named in full."""
+    return name in (part, f"jaxrl.{part}") or name.startswith(f"jaxrl.{part}.")
 
 
 def floor_of(name: str) -> int:

@@ -1,5 +1,6 @@
 """The reward model scores what transformers recorded, whatever stands beside it in the batch, and refuses other models."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -27,9 +28,11 @@ SCORES = RECORDED["logits"][:, 0]  # of three sequences of 10, 7 and 6 tokens
 def folder(tmp_path):
     """A function that copies a model and gives it a tokenizer of 64 words, w0 to w63."""
 
-    def copy(source: Path, chat_template: str | None = None) -> str:
+    def copy(source: Path, chat_template: str | None = None, **changes) -> str:
         target = tmp_path / source.name
         shutil.copytree(source, target)
+        settings = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps(settings | changes))
         words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=chat_template)
@@ -66,7 +69,7 @@ def test_scores_are_those_that_transformers_recorded(folder, mesh):
 
 def test_order_is_kept_and_neighbours_of_any_length_do_not_matter(folder):
     long = " ".join(f"w{(7 * i) % 61}" for i in range(150))  # longer than the shortest row
-    model = model_of(folder(LLAMA))
+    model = model_of(folder(LLAMA, max_position_embeddings=256))
     chosen = [2, 0, 1, 1, 2, 0, 0]
     mixed = rewards(model, [sample(long), *(sample(TEXTS[i]) for i in chosen), sample(long)])
     np.testing.assert_allclose(mixed[1:-1], SCORES[chosen], atol=2e-4)  # float32
@@ -91,3 +94,10 @@ def test_a_model_with_several_labels_is_refused(folder):
 def test_a_model_without_a_score_head_is_refused(folder):
     with pytest.raises(ValueError, match="reward.model.path .* has no score head: give a sequence-classification model"):
         model_of(folder(DATA / "hf_torch" / "qwen3"))
+
+
+def test_a_conversation_beyond_the_context_is_an_error_of_its_own_sample(folder):
+    long = " ".join(f"w{i % 61}" for i in range(100))
+    short, too_long = model_of(folder(LLAMA, max_position_embeddings=64)).score([sample(TEXTS[0]), sample(long)])
+    assert short.error is None
+    assert "100 tokens are more than the 64 of the reward model's context" in too_long.error

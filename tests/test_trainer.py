@@ -219,3 +219,37 @@ def test_a_folder_of_splits_is_read_by_split(settings, tmp_path):
         tree["data"] |= {f"{split}_files": str(folder), f"{split}_kwargs": {"split": split}}
     trainer = Trainer(from_dict(tree))
     assert (len(trainer.loader.dataset), len(trainer.val)) == (16, 8)
+
+
+USER_ESTIMATOR = """
+def reward_minus_value(rewards, mask, *, values):
+    advantages = (rewards.sum(axis=1, keepdims=True) - values) * mask
+    return advantages, advantages + values
+"""
+
+
+def test_a_users_estimator_that_names_values_gets_a_critic(settings, tmp_path):
+    (tmp_path / "mine.py").write_text(USER_ESTIMATOR)
+    estimator = f"{tmp_path}/mine.py:reward_minus_value"
+    rows = run(settings("mine", algorithm__adv_estimator=estimator, trainer__total_training_steps=1))
+    assert rows[1]["critic/vf_loss"] > 0 and rows[1]["actor/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("actor__loss_agg_mode", "token_mean", "Unknown actor.loss_agg_mode 'token_mean'. Did you mean 'token-mean'"),
+        ("algorithm__adv_estimator", "gea", "Unknown algorithm.adv_estimator 'gea'. Did you mean 'gae'"),
+        ("trainer__logger", ["wanbd"], "Unknown trainer.logger 'wanbd'. Did you mean 'wandb'"),
+        ("rollout__top_p", 1.5, "top_p"),
+        ("data__max_response_length", 500, "= 508 is more than the 64 tokens of the context"),
+        ("data__train_files", "nowhere.parquet", "there is no file nowhere.parquet"),
+        ("data__prompt_key", "question", "question"),
+        ("model__path", "no/such/folder/here", "model path no/such/folder/here does not exist"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(settings, tmp_path, key, value, sentence):
+    tree = settings("bad", trainer__row_length=None, **{key: value})
+    with pytest.raises(ValueError, match=sentence):
+        Trainer(from_dict(tree))
+    assert not (tmp_path / "bad").exists()

@@ -21,7 +21,8 @@ def merge_lora(config: ModelConfig, variables: Tree) -> Tree:
     def fold(params: Tree, adapters: Tree) -> Tree:
         if "a" in adapters:
             delta = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1))(adapters["a"], adapters["b"])
-            return params | {"kernel": params["kernel"] + config.lora_scale * delta.astype(params["kernel"].dtype)}
+            kernel = params["kernel"].astype(delta.dtype) + config.lora_scale * delta
+            return params | {"kernel": kernel}
         return params | {name: fold(params[name], inner) for name, inner in adapters.items()}
 
     return fold(variables["params"], variables.get("lora", {}))
