@@ -142,7 +142,7 @@ def test_other_settings_are_not_another_program():
         ({"top_k": 0}, "top_k 0"),
         ({"top_k": -2}, "top_k -2"),
         ({"temperature": 0.0, "n": 4}, "4 times the same response"),
-        ({"stop_ids": (None,)}, "stop_ids"),
+        ({"stop_ids": (-1,)}, "stop_ids"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_words(settings, words):
