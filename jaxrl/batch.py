@@ -75,9 +75,10 @@ class PolicyTargets(NamedTuple):
     advantages: Float[np.ndarray, "R S"]
     ref_logprobs: Float[np.ndarray, "R S"]  # zeros where no reference is used
     rollout_weights: Float[np.ndarray, "R S"]  # importance weights old/rollout; ones where not corrected
-    loss_weights: Float[
-        np.ndarray, "R S"
-    ]  # what the aggregation mode gives a token: loss = sum(token_loss * loss_weights)
+    # What the aggregation mode gives a token: loss = sum(token_loss * loss_weights).
+    loss_weights: Float[np.ndarray, "R S"]
+    # The same for the entropy and KL terms: of `actor.loss_agg_mode`, also where the loss has an aggregation of its own.
+    term_weights: Float[np.ndarray, "R S"]
 
 
 class ValueTargets(NamedTuple):

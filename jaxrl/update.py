@@ -156,22 +156,22 @@ class Policy(Programs):
         c = self.loss
         variables = merge(trained, frozen)
         logprobs, entropy = _logprobs(self.config, variables, rows, num_slots, c.temperature)
-        mask, weights = rows.target_mask, targets.loss_weights
+        mask = rows.target_mask
         loss = bind(
             choose(POLICY_LOSSES, c.name, "policy loss"),
             clip_low=c.clip_low, clip_high=c.clip_high, clip_c=c.clip_c, tau_pos=c.tau_pos, tau_neg=c.tau_neg,
             dro_beta=c.dro_beta, rollout_weights=targets.rollout_weights, sequence_ids=rows.target_sequences,
         )  # fmt: skip
         token_loss, sums = loss(logprobs, targets.old_logprobs, targets.advantages, mask)
-        pg_loss = total = jnp.sum(token_loss * weights)
-        entropy_loss = jnp.sum(jnp.where(mask, entropy, 0.0) * weights)
+        pg_loss = total = jnp.sum(token_loss * targets.loss_weights)
+        entropy_loss = jnp.sum(jnp.where(mask, entropy, 0.0) * targets.term_weights)
         if c.entropy_coeff:
             total -= c.entropy_coeff * entropy_loss
         metrics = {**sums, "entropy": jnp.sum(jnp.where(mask, entropy, 0.0))}
         losses = {"pg_loss": pg_loss, "entropy_loss": entropy_loss}
         if c.kl_loss_coef:
             kl = choose(KL_ESTIMATORS, c.kl_loss_type, "actor.kl_loss_type")(logprobs, targets.ref_logprobs)
-            losses["kl_loss"] = jnp.sum(jnp.where(mask, kl, 0.0) * weights)
+            losses["kl_loss"] = jnp.sum(jnp.where(mask, kl, 0.0) * targets.term_weights)
             total += c.kl_loss_coef * losses["kl_loss"]
         return total, (metrics, losses)
 

@@ -192,7 +192,7 @@ class JaxrlUpdate:
         layout = self._pack(batch.sequences)
         mask = batch.sequences.mask
         ones = np.ones(mask.shape, np.float32)
-        columns = PolicyTargets(batch.old_logprobs, batch.advantages, 0 * ones, ones, ones / mask.sum())
+        columns = PolicyTargets(batch.old_logprobs, batch.advantages, 0 * ones, ones, *2 * (ones / mask.sum(),))
         targets = PolicyTargets(*map(layout.to_slots, columns))
         self.state, out = self.policy.step(self.state, {}, layout, targets, LR)
         jax.block_until_ready(self.state)

@@ -283,7 +283,8 @@ def test_a_shipped_config_loads(path):
 # Every field is read by some code: `c.actor.optim` is followed through names, parameters and attributes.
 
 SECTIONS = {name: cls for name, cls in vars(config_module).items() if dataclasses.is_dataclass(cls)}
-READERS = [*(ROOT / "jaxrl").glob("*.py"), *(ROOT / "scripts").glob("*.py")]  # the floors that may see a config
+FOLDERS = ("jaxrl", "jaxrl/config", "scripts")  # the floors that may see a config
+READERS = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
 ONLY_CHECKS = {"check", "_check_positive", "describe"}
 
 

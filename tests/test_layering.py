@@ -24,7 +24,7 @@ FLOORS = [
     {"models", "parallel", "sources", "data"},
     {"weights", "rollout", "optimizer", "checkpoint", "metrics", "loggers"},
     {"update", "prepare", "weights.sync"},
-    {"roles", "reward_model", "trainer", "plan"},
+    {"roles", "reward_model", "learner", "trainer", "plan"},
 ]
 
 # Who may import a library, and where: in the whole file, or only within functions (so that it is optional).

@@ -246,7 +246,7 @@ def target_columns() -> tuple[np.ndarray, ...]:
     random = np.random.default_rng(6)
     noise = [0.3 * random.normal(size=SEQUENCES.tokens.shape).astype(np.float32) for _ in range(4)]
     mask = SEQUENCES.mask.astype(np.float32)
-    return noise[0] - 4, 5 * noise[1], noise[2] - 4, 1 + noise[3], mask / mask.sum()
+    return noise[0] - 4, 5 * noise[1], noise[2] - 4, 1 + noise[3], *2 * (mask / mask.sum(),)
 
 
 @pytest.fixture(scope="module")

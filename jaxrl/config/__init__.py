@@ -1,0 +1,36 @@
+"""The config of a run: `load` reads one YAML with overrides; `settings.py` is the reference of every name.
+
+Reading a config starts no JAX.
+"""
+
+from .check import CHOICES, check
+from .describe import describe
+from .load import from_dict, load, save, to_dict
+from .resume import MAY_CHANGE, differences
+from .settings import (
+    Actor,
+    Algorithm,
+    Config,
+    CriticSection,
+    Data,
+    KLCtrl,
+    MeshSection,
+    Model,
+    Optim,
+    PolicyLossSection,
+    Ref,
+    Reward,
+    RewardFunction,
+    RewardModelSection,
+    RolloutCorrection,
+    RolloutSection,
+    TrainerSection,
+    ValKwargs,
+)
+
+__all__ = [
+    "CHOICES", "MAY_CHANGE", "Actor", "Algorithm", "Config", "CriticSection", "Data", "KLCtrl", "MeshSection", "Model",
+    "Optim", "PolicyLossSection", "Ref", "Reward", "RewardFunction", "RewardModelSection", "RolloutCorrection",
+    "RolloutSection", "TrainerSection", "ValKwargs", "check", "describe", "differences", "from_dict", "load", "save",
+    "to_dict",
+]  # fmt: skip

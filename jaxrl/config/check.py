@@ -1,0 +1,94 @@
+"""What does not fit together is said here, in words that hold the fix, before anything is loaded."""
+
+from __future__ import annotations
+
+from .settings import LORA_TARGETS, Config
+
+# The names that a setting may have. Tables of functions (advantages, losses, ...) are asked by the trainer at its start:
+# they live with JAX, which a config does not start.
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "model.remat": ("none", "dots", "full"),
+    "model.attention": ("xla", "cudnn", "splash"),
+    "model.compute_dtype": ("bfloat16", "float32"),
+    "data.truncation": ("error", "left", "right", "middle"),
+    "rollout.engine": ("jax",),
+    "reward.on_error": ("report", "raise"),
+    "algorithm.rollout_correction.rollout_is": (None, "token", "sequence"),
+    "trainer.resume_mode": ("auto", "disable", "resume_path"),
+}
+
+
+def check(c: Config) -> None:
+    """Raises ValueError, with the fix, for what cannot be or does not fit together."""
+    for key, choices in CHOICES.items():
+        value = c
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value not in choices:
+            raise ValueError(f"{key} is {value!r} and must be one of {', '.join(map(str, choices))}")
+    _check_positive(c)
+    if c.data.train_batch_size % c.actor.ppo_mini_batch_size:
+        raise ValueError(
+            f"actor.ppo_mini_batch_size {c.actor.ppo_mini_batch_size} must divide data.train_batch_size "
+            f"{c.data.train_batch_size}: both count prompts"
+        )
+    longest = c.data.max_prompt_length + c.data.max_response_length
+    if c.row_length < longest:
+        raise ValueError(
+            f"trainer.row_length {c.row_length} is shorter than data.max_prompt_length + data.max_response_length = "
+            f"{longest}: raise it or leave it out"
+        )
+    if not c.reward.functions and c.reward.model.path is None:
+        raise ValueError(
+            "there is no reward: set reward.functions, for example [{name: exact_number}], or reward.model.path"
+        )
+    if c.model.attention == "splash" and c.trainer.share_prompt and c.rollout.n > 1:
+        raise ValueError(
+            "model.attention splash cannot share a prompt between responses: set trainer.share_prompt=false"
+        )
+    correction = c.algorithm.rollout_correction
+    if (correction.rollout_rs is None) != (correction.rollout_rs_threshold is None):
+        raise ValueError(
+            "algorithm.rollout_correction.rollout_rs and rollout_rs_threshold belong together: set both or neither"
+        )
+    if c.trainer.resume_mode == "resume_path" and c.trainer.resume_from_path is None:
+        raise ValueError("trainer.resume_mode resume_path needs trainer.resume_from_path, a folder global_step_<n>")
+    if c.model.lora_rank < 0:
+        raise ValueError(f"model.lora_rank {c.model.lora_rank} must be 0, which trains all weights, or above")
+    if correction.bypass_mode and (correction.rollout_is or correction.rollout_rs):
+        raise ValueError(
+            "algorithm.rollout_correction.bypass_mode leaves nothing to correct: unset it, or rollout_is and rollout_rs"
+        )
+    if c.rollout.val_kwargs.temperature == 0 and c.rollout.val_kwargs.n > 1:
+        raise ValueError("rollout.val_kwargs.n above 1 needs rollout.val_kwargs.temperature above 0")
+    wrong = [name for name in c.model.lora_targets if name not in LORA_TARGETS]
+    if c.model.lora_rank and (wrong or not c.model.lora_targets):
+        raise ValueError(f"model.lora_targets {list(c.model.lora_targets)} must be some of {', '.join(LORA_TARGETS)}")
+    if c.model.lora_rank and c.model.lora_alpha <= 0:
+        raise ValueError(f"model.lora_alpha {c.model.lora_alpha} must be above 0")
+
+
+def _check_positive(c: Config) -> None:
+    numbers = {
+        "data.max_prompt_length": c.data.max_prompt_length,
+        "data.max_response_length": c.data.max_response_length,
+        "data.train_batch_size": c.data.train_batch_size,
+        "rollout.n": c.rollout.n,
+        "rollout.max_num_seqs": c.rollout.max_num_seqs,
+        "rollout.val_kwargs.n": c.rollout.val_kwargs.n,
+        "rollout.temperature": c.rollout.temperature,
+        "actor.ppo_epochs": c.actor.ppo_epochs,
+        "actor.ppo_mini_batch_size": c.actor.ppo_mini_batch_size,
+        "critic.ppo_epochs": c.critic.ppo_epochs,
+        "actor.ppo_max_token_len_per_gpu": c.actor.ppo_max_token_len_per_gpu,
+        "critic.ppo_max_token_len_per_gpu": c.critic.ppo_max_token_len_per_gpu,
+        "algorithm.kl_ctrl.horizon": c.algorithm.kl_ctrl.horizon,
+        "algorithm.kl_ctrl.target_kl": c.algorithm.kl_ctrl.target_kl,
+        "reward.timeout_s": c.reward.timeout_s,
+        "trainer.total_epochs": c.trainer.total_epochs,
+        "trainer.total_training_steps": c.trainer.total_training_steps,
+        "trainer.row_length": c.trainer.row_length,
+    }
+    for key, value in numbers.items():
+        if value is not None and not value > 0:  # nor may it be nan
+            raise ValueError(f"{key} is {value} and must be above 0")

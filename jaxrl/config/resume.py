@@ -1,0 +1,41 @@
+"""Whether a run folder holds this run: what may differ between a run and its continuation, and what may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from .load import to_dict
+from .settings import Config
+
+# What a run may change when it goes on: none of it changes the course of the steps by more than rounding (but a schedule
+# that falls over the run follows its new length).
+MAY_CHANGE = {
+    "model.remat", "model.attention", "actor.ppo_max_token_len_per_gpu", "critic.ppo_max_token_len_per_gpu",
+    "trainer.row_length", "trainer.share_prompt",
+    "trainer.total_epochs", "trainer.total_training_steps", "trainer.save_freq", "trainer.max_ckpt_to_keep",
+    "trainer.resume_mode", "trainer.resume_from_path", "trainer.test_freq", "trainer.val_before_train",
+    "trainer.logger", "trainer.run_dir", "rollout.max_num_seqs", "mesh.data", "mesh.fsdp", "mesh.tensor",
+}  # fmt: skip
+
+
+def differences(c: Config, saved: Path) -> list[str]:
+    """The settings in which `c` is not the run that `saved` (its config.yaml) describes, but for `MAY_CHANGE`."""
+    theirs = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
+    # Through YAML as well: it knows no tuples.
+    ours = _flat(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(to_dict(c))))))
+    return [
+        f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and key not in MAY_CHANGE
+    ]
+
+
+def _flat(tree: Any, where: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {where: tree}
+    return {
+        name: x for key, value in tree.items() for name, x in _flat(value, f"{where}.{key}" if where else key).items()
+    }

