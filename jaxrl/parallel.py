@@ -26,6 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "packed_rows": ("fsdp", "tensor"),  # of a matrix in 4 bits: a row holds whole blocks
 }
 
 

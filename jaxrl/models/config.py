@@ -28,6 +28,20 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class PackedKernels:
+    """Which kernels stay in the 4 bits of bitsandbytes, and how they are packed: see `nf4.py`."""
+
+    modules: tuple[str, ...]  # names of Dense layers, packed in every layer of the model
+    dtype: str = "bfloat16"  # that of the numbers they stand for
+    blocksize: int = 64
+    nested_blocksize: int = 0  # scales in a block of scales; 0: the scales are float32
+
+    @property
+    def is_double(self) -> bool:
+        return self.nested_blocksize > 0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of one decoder. Hashable: it is static under jit."""
 
@@ -54,6 +68,7 @@ class ModelConfig:
     lora_rank: int = 0  # 0: no adapters
     lora_alpha: float = 16.0
     lora_targets: tuple[str, ...] = ()  # names of Dense layers: q_proj, up_proj ...
+    packed: PackedKernels | None = None  # None: every kernel is numbers
     num_labels: int = 1  # outputs of a score head
     score_bias: bool = False
 

@@ -1,7 +1,7 @@
 """The decoder: tokens of packed rows -> hidden states, its layers scanned; and the heads that read them.
 
 Linen used as a function: `hidden_states(config, variables, rows)`. Everything outside `models/` sees plain trees of
-arrays under the collections "params" and "lora".
+arrays under the collections "params", "lora" (adapters) and "packed" (kernels in 4 bits).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
             body = nn.remat(body, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
         scan = nn.scan(
             body,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, "lora": 0, "packed": 0},
             split_rngs={"params": True},
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
 
 
 def abstract_params(config: ModelConfig, head: str = "lm") -> tuple[Tree, Tree]:
-    """Shapes and logical axes of every weight, without making one: ({"params", "lora"}, the same tree of axis names)."""
+    """Shapes and logical axes of every weight, without making one: {"params", "lora", "packed"}, and the same of axes."""
     boxed = jax.eval_shape(lambda key: _init(config, head, key), jax.random.key(0))
     axes = nn.get_partition_spec(boxed)
     return nn.meta.unbox(boxed), axes

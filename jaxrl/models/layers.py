@@ -6,6 +6,7 @@ and values to the attended values and whatever the caller wants back (nothing in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from .config import ModelConfig, Rope
+from .nf4 import Part, packed_parts, packed_product
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q [B T N H], k and v [B T K H] -> ([B T N H], extra)
 Cossin = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # half the head size
@@ -34,7 +36,8 @@ class Dense(nn.Module):
     """A product written as an einsum over `bt...`, with an optional bias and an optional low-rank adapter.
 
     The adapter lives in the collection "lora" and is added where that collection is given:
-    y = x W + lora_scale * (x A) B, as in LoRA (arXiv:2106.09685).
+    y = x W + lora_scale * (x A) B, as in LoRA (arXiv:2106.09685). A kernel that `config.packed` names lies in the
+    collection "packed" in 4 bits (`nf4.py`), and is numbers in the product alone.
     """
 
     config: ModelConfig
@@ -45,8 +48,13 @@ class Dense(nn.Module):
 
     def setup(self):
         self.inputs, self.outputs = _split_equation(self.equation)
-        self.kernel = self.param("kernel", logical(INIT, self.axes), self.shape)
-        num_in = len(self.inputs)
+        num_in, packed = len(self.inputs), self.config.packed
+        self.packed = packed if packed is not None and self.name in packed.modules else None
+        if self.packed:
+            sizes = math.prod(self.shape[num_in:]), math.prod(self.shape[:num_in])
+            self.parts = {name: self._part(name, part) for name, part in packed_parts(self.packed, *sizes).items()}
+        else:
+            self.kernel = self.param("kernel", logical(INIT, self.axes), self.shape)
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             self.bias = self.param("bias", logical(zeros, self.axes[num_in:]), self.shape[num_in:])
@@ -57,9 +65,17 @@ class Dense(nn.Module):
             self.variable("lora", "a", lambda: make_a(self.make_rng("params"), (*self.shape[:num_in], rank)))
             self.variable("lora", "b", lambda: make_b(self.make_rng("params"), (rank, *self.shape[num_in:])))
 
+    def _part(self, name: str, part: Part) -> nn.Variable:
+        zeros = logical(lambda key, shape, dtype: jnp.zeros(shape, dtype), part.axes)
+        return self.variable("packed", name, lambda: zeros(None, part.shape, part.dtype))
+
     def __call__(self, x: Array) -> Array:
         dtype = x.dtype
-        y = _product(x, self.kernel, len(self.inputs))
+        if self.packed:
+            parts = {name: part.value for name, part in self.parts.items()}
+            y = packed_product(x, parts, self.packed, self.shape, self.axes, len(self.inputs))
+        else:
+            y = _product(x, self.kernel, len(self.inputs))
         if self.has_variable("lora", "a"):
             # While the tree is made, Linen hands out the arrays in the box that holds their axis names.
             a, b = (nn.meta.unbox(self.get_variable("lora", name)).astype(dtype) for name in ("a", "b"))

@@ -180,7 +180,12 @@ def _unstack(config: ModelConfig, variables: Tree) -> Tree:
         return x.astype(config.compute_dtype) if x.ndim > 1 and x.dtype != config.compute_dtype else jnp.copy(x)
 
     trees = {name: tree["layers"] for name, tree in variables.items() if tree}
-    layers = [jax.tree.map(lambda x, i=i: own(x[i]), trees) for i in range(config.num_layers)]
+    layers = []
+    for i in range(config.num_layers):
+        layer = {name: jax.tree.map(lambda x, i=i: own(x[i]), tree) for name, tree in trees.items() if name != "packed"}
+        if "packed" in trees:  # stays in 4 bits: a layer turns its kernels into numbers at every use
+            layer["packed"] = jax.tree.map(lambda x, i=i: jnp.copy(x[i]), trees["packed"])
+        layers.append(layer)
     params = variables["params"]
     weights = {"layers": layers, "norm": jax.tree.map(own, params["norm"])}
     weights["embedding"] = own(params["embed_tokens"]["embedding"])
@@ -196,7 +201,7 @@ def _weight_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
         return over_tensor(PartitionSpec(*sharding.spec[1:]))
 
     def over_tensor(spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*[axes if axes in ("tensor", ("tensor",)) else None for axes in spec]))
+        return NamedSharding(mesh, PartitionSpec(*["tensor" if axes and "tensor" in axes else None for axes in spec]))
 
     trees = shardings(mesh, *abstract_params(config))
     params = trees["params"]

@@ -125,7 +125,7 @@ def _as_numbers(packed: Packed, file: str) -> StoredTensor:
     def read(index: Index) -> np.ndarray:
         return packed.dequantize(index[0].start, index[0].stop)[:, *index[1:]]
 
-    return StoredTensor(packed.shape, packed.dtype, file, read)
+    return StoredTensor(packed.shape, packed.dtype, file, read, packed)
 
 
 def _packed(checkpoint: Checkpoint, weight: str, state_name: str, quant_type: str) -> Packed:

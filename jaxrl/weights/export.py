@@ -18,7 +18,8 @@ from ..parallel import fetch
 from .bnb import dequantized, dequantized_config
 from .folder import copy_companions, load_hf_config, refuse_existing
 from .formats import open_checkpoint
-from .hf_names import CLASSES, axis_sizes, embedding_of, flatten, head_of, in_order
+from .hf_names import CLASSES, axis_sizes, embedding_of, flatten, head_of, in_order, is_packed
+from .packed import unpacked
 from .prefixes import with_expected_names
 from .safetensors_writer import TensorSpec, dtype_named
 from .write import write_model
@@ -26,15 +27,29 @@ from .write import write_model
 Tree = dict[str, Any]
 
 
-def hf_tensors(params: Tree, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def hf_tensors(
+    params: Tree, config: ModelConfig, *, lora: Tree | None = None, packed: Tree | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor under its Hugging Face name, whole, on the host, in the order of a forward pass.
 
-    On several hosts each of them must run through the iterator, and each is given every tensor.
+    The adapters `lora` are merged into the kernels they adapt, in float32; the 4-bit kernels `packed` become numbers.
+    Both happen tensor by tensor: there is no merged copy of the model. On several hosts each of them must run through
+    the iterator, and each is given every tensor.
     """
-    leaves = dict(flatten(params))
+    leaves, adapters, codes = (dict(flatten(tree or {})) for tree in (params, lora, packed))
     for row, layer in in_order(config, head_of(params)):
-        array = leaves[row.ours]
-        yield row.hf.format(layer), row.to_hf(np.asarray(fetch(array[layer] if row.stacked else array)))
+        module = row.ours.removesuffix("kernel")
+        if is_packed(row, config):
+            assert layer is not None, "what is packed is a layer's"
+            parts = {name.removeprefix(module): array for name, array in codes.items() if name.startswith(module)}
+            tensor = unpacked(parts, row, layer, config)
+        else:
+            array = leaves[row.ours]
+            tensor = row.to_hf(np.asarray(fetch(array[layer] if row.stacked else array)))
+        if row.ours.endswith(".kernel") and f"{module}a" in adapters:
+            a, b = (np.asarray(fetch(adapters[module + name][layer])) for name in "ab")
+            tensor = tensor.astype(np.float32) + row.to_hf(np.float32(config.lora_scale) * np.tensordot(a, b, axes=1))
+        yield row.hf.format(layer), tensor
 
 
 def export_hf(
@@ -43,11 +58,15 @@ def export_hf(
     out_dir: str | Path,
     *,
     source_folder: str | Path,
+    lora: Tree | None = None,
+    packed: Tree | None = None,
     dtype: str | None = None,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
 ) -> None:
     """Write `params` as a Hugging Face folder: weights, config, tokenizer, chat template, generation settings.
+
+    Adapters `lora` are merged, and the 4-bit kernels `packed` become numbers: the result is a plain model.
 
     Everything but the weights comes from `source_folder`, the model that training began from; so does the dtype of
     each tensor, unless `dtype` names one for all. A tree with a `score` head is written as ForTokenClassification where
@@ -59,7 +78,8 @@ def export_hf(
         refuse_existing(out_dir)
     specs = _specs(config, head_of(params), source, dtype)
     dtypes = {spec.name: spec.dtype for spec in specs}
-    stream = ((name, tensor.astype(dtypes[name], copy=False)) for name, tensor in hf_tensors(params, config))
+    tensors = hf_tensors(params, config, lora=lora, packed=packed)
+    stream = ((name, tensor.astype(dtypes[name], copy=False)) for name, tensor in tensors)
     if jax.process_index() == 0:
         hf_config = config_for_head(dequantized_config(load_hf_config(source)), config, head_of(params))
         write_model(

@@ -122,6 +122,12 @@ def in_order(config: ModelConfig, head: str) -> Iterator[tuple[Row, int | None]]
     yield from ((row, None) for row in table[first + len(stacked) :])
 
 
+def is_packed(row: Row, config: ModelConfig) -> bool:
+    """Whether a row's array is not among the parameters, because the model keeps it in 4 bits."""
+    *_, module, leaf = ["", *row.ours.split(".")]
+    return config.packed is not None and leaf == "kernel" and module in config.packed.modules
+
+
 def embedding_of(config: ModelConfig) -> str:
     """The Hugging Face name of the token table."""
     return next(row.hf for row in rows(config) if row.ours == "embed_tokens.embedding")

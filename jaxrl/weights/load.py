@@ -7,7 +7,7 @@ What is stored and what the model wants are compared by name and shape before th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..models.config import ModelConfig
 from .fit import fitted
 from .folder import load_hf_config
 from .formats import open_checkpoint
-from .hf_names import Row, axis_sizes, flatten, head_of, rows, unflatten
+from .hf_names import Row, axis_sizes, flatten, head_of, is_packed, rows, unflatten
 from .locate import resolve
 from .stored import Checkpoint, Index, StoredTensor
 
@@ -39,16 +39,19 @@ def load_params(
 
     Tensors are cast to the wanted dtype slice by slice. Paths in `allow_missing` ("score.kernel") that the checkpoint
     does not hold come back as None, for the caller to initialise. `check_finite` refuses NaN and infinity; `dequantize`
-    turns the 4-bit weights of bitsandbytes into numbers, which are else refused; `head_path` names the module of a
+    turns the 4-bit weights of bitsandbytes into numbers, which are else refused (those that `config.packed` names stay
+    as they are, and `packed.load_packed` loads them); `head_path` names the module of a
     score head that is under none of the usual names (`heads.py`).
     Raises ValueError, naming tensor, expected and found, where checkpoint and model differ.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
     head = head_of(abstract_params)
     checkpoint = fitted(
-        checkpoint, config, head, allow_missing=allow_missing, head_path=head_path, dequantize=dequantize
-    )
-    table, sizes = rows(config, head=head), axis_sizes(config)
+        checkpoint, config, head, allow_missing=allow_missing, head_path=head_path,
+        dequantize=dequantize or config.packed is not None,
+    )  # fmt: skip
+    table = [row for row in rows(config, head=head) if not is_packed(row, config)]
+    sizes = axis_sizes(config)
     wanted = dict(flatten(abstract_params))
     assert wanted.keys() == {row.ours for row in table}, wanted.keys() ^ {row.ours for row in table}
     params = {}
@@ -63,7 +66,12 @@ def load_params(
 def load_array(
     checkpoint: Checkpoint, row: Row, struct: jax.ShapeDtypeStruct, sizes: Mapping[str, int], check_finite: bool
 ) -> jax.Array:
-    """One array of the tree, each distinct slice of it read once for all devices that hold it."""
+    """One array of the tree by its row of the name table."""
+    return fill(struct, lambda index: _read_slice(checkpoint, row, index, struct.dtype, sizes, check_finite))
+
+
+def fill(struct: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """One array, each distinct slice of it read once for all devices that hold it."""
     sharding = struct.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     devices = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(struct.shape).items():
@@ -71,8 +79,7 @@ def load_array(
         devices[tuple(cut.indices(size)[:2] for cut, size in zip(index, struct.shape, strict=True))].append(device)
     shards = []
     for bounds, holders in devices.items():
-        cuts = tuple(slice(*bound) for bound in bounds)
-        piece = _read_slice(checkpoint, row, cuts, struct.dtype, sizes, check_finite)
+        piece = read(tuple(slice(*bound) for bound in bounds))
         shards += [jax.device_put(piece, device) for device in holders]
         jax.block_until_ready(shards)  # so that `piece` can go before the next one is read
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)

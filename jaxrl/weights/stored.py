@@ -8,8 +8,9 @@ name) is a checkpoint again, whose tensors read those of the first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,16 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint that has not been read. `read` is given a slice for each dimension, with both ends."""
+    """A tensor of a checkpoint that has not been read. `read` is given a slice for each dimension, with both ends.
+
+    `packed` is the `bnb.Packed` of numbers that are kept in 4 bits.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     file: str
     read: Callable[[Index], np.ndarray] = field(repr=False, compare=False)
+    packed: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, array: np.ndarray, file: str) -> StoredTensor:
@@ -61,8 +66,7 @@ class Checkpoint:
 
     def stored(self, name: str) -> StoredTensor:
         """A tensor for another checkpoint that reads from this one, and is counted here too."""
-        tensor = self.tensors[name]
-        return StoredTensor(tensor.shape, tensor.dtype, tensor.file, lambda index: self.read(name, index))
+        return replace(self.tensors[name], read=lambda index: self.read(name, index))
 
     def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> Checkpoint:
         """The same folder with other tensors, which read from this one."""

@@ -1,0 +1,117 @@
+"""4-bit kernels on their way to the device and back: bitsandbytes' files <-> the collection "packed" (QLoRA).
+
+What is packed is found in the checkpoint, not chosen: a kernel stays packed where bitsandbytes packed it in every layer,
+in the same way. Codes and scales pass through as they are stored, and a host reads the rows that its devices hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..models.config import ModelConfig, PackedKernels
+from ..parallel import fetch
+from .bnb import Packed, dequantized
+from .fit import fitted
+from .hf_names import Row, axis_sizes, flatten, is_packed, rows, unflatten
+from .load import fill
+from .safetensors_writer import dtype_named
+from .stored import Checkpoint, Index, StoredTensor
+
+Tree = dict[str, Any]
+_log = logging.getLogger(__name__)
+
+
+def packed_kernels(checkpoint: Checkpoint, config: ModelConfig) -> PackedKernels | None:
+    """What `ModelConfig.packed` must be for the model of a checkpoint; None where no kernel can stay packed.
+
+    Kernels that are packed in some layers alone, or in another way than most, become numbers, and the log says so.
+    """
+    tensors = fitted(dequantized(checkpoint), config, "lm").tensors
+    ways: dict[PackedKernels, list[str]] = {}
+    packed, unpacked = [], []
+    for row in rows(config):
+        stored = [tensors[name].packed for name in row.hf_names(config.num_layers)]
+        if not any(stored):
+            continue
+        packed.append(row)
+        kinds = {None if p is None or not _fits(row, p, config) else _way(p) for p in stored}
+        if len(kinds) == 1 and (way := kinds.pop()) is not None:
+            ways.setdefault(way, []).append(row.ours.split(".")[-2])
+    if not packed:
+        return None
+    way = max(ways, key=lambda way: len(ways[way]), default=None)
+    kept = () if way is None else tuple(ways[way])
+    unpacked = [row.ours for row in packed if row.ours.split(".")[-2] not in kept]
+    if unpacked:
+        _log.warning(
+            "%s: %s cannot stay in 4 bits (not packed alike in every layer), and take the memory of numbers",
+            checkpoint.folder, ", ".join(unpacked),
+        )  # fmt: skip
+    return None if way is None else PackedKernels(kept, way.dtype, way.blocksize, way.nested_blocksize)
+
+
+def load_packed(checkpoint: Checkpoint, config: ModelConfig, abstract_packed: Tree) -> Tree:
+    """Fill a "packed" tree of `jax.ShapeDtypeStruct` from a checkpoint, slice by slice, without unpacking anything."""
+    tensors = fitted(dequantized(checkpoint), config, "lm").tensors
+    wanted, arrays = dict(flatten(abstract_packed)), {}
+    for row in rows(config):
+        if not is_packed(row, config):
+            continue
+        layers = [tensors[name].packed for name in row.hf_names(config.num_layers)]
+        for path in [path for path in wanted if path.rpartition(".")[0] == row.ours.removesuffix(".kernel")]:
+            arrays[path] = fill(wanted[path], partial(_read, layers, path.rpartition(".")[2], wanted[path]))
+    assert arrays.keys() == wanted.keys(), arrays.keys() ^ wanted.keys()
+    return unflatten(arrays)
+
+
+def unpacked(parts: Mapping[str, Any], row: Row, layer: int, config: ModelConfig) -> np.ndarray:
+    """The Hugging Face tensor of one layer as numbers of the packed dtype, from arrays on the devices.
+
+    `parts` are the arrays of one kernel, all layers. On several hosts each of them must call it.
+    """
+    assert config.packed is not None
+    p = config.packed
+    host = {name: np.asarray(fetch(array[layer])) for name, array in parts.items()}
+    codes, absmax = (StoredTensor.of(host[name].reshape(-1), "") for name in ("codes", "absmax"))
+    return Packed(
+        row.hf_shape(axis_sizes(config)), dtype_named(p.dtype), "", p.blocksize, codes, absmax, host["quant_map"],
+        host.get("nested_absmax"), host.get("nested_quant_map"), p.nested_blocksize,
+        float(host.get("nested_offset", 0.0)),
+    ).dequantize()  # fmt: skip
+
+
+def _way(packed: Packed) -> PackedKernels:
+    return PackedKernels((), packed.dtype.name, packed.blocksize, packed.nested_blocksize if packed.is_double else 0)
+
+
+def _fits(row: Row, packed: Packed, config: ModelConfig) -> bool:
+    """Whether a kernel can be read packed: a matrix [out, in] of its own, a whole number of bytes a row."""
+    if not row.stacked or len(row.groups) != 2 or row.letters != [*row.groups[1], *row.groups[0]]:
+        return False
+    last = axis_sizes(config)[row.groups[1][-1]]  # two numbers of this axis share a byte
+    return packed.shape == row.hf_shape(axis_sizes(config)) and last % 2 == 0
+
+
+def _read(layers: list[Packed], name: str, struct: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
+    """The slice `index` of an array [L, ...] of parts."""
+    chosen = layers[index[0].start : index[0].stop]
+    out = np.empty((len(chosen), *(cut.stop - cut.start for cut in index[1:])), struct.dtype)
+    for position, packed in enumerate(chosen):
+        out[position] = _part(packed, name, struct.shape[1:], index[1:])
+    return out
+
+
+def _part(packed: Packed, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray | float:
+    if name not in ("codes", "absmax"):
+        return getattr(packed, name)
+    rows, *columns = index  # of bytes, or of scales, in each row of the matrix
+    width = math.prod(shape[1:])
+    read = packed.read_codes if name == "codes" else packed.read_absmax
+    return read(rows.start * width, rows.stop * width).reshape(-1, *shape[1:])[:, *columns]
