@@ -19,10 +19,8 @@ from .rewards import Sample, Score
 from .rewards.score import failed, score_of
 from .roles import abstract_variables, load_base, model_config
 from .update import Critic
-from .weights.folder import load_hf_config
-from .weights.formats import open_checkpoint
 from .weights.heads import find_head
-from .weights.load import resolve
+from .weights.pretrained import open_pretrained
 
 ROWS = 128  # packed rows are a multiple of it long
 
@@ -31,15 +29,15 @@ class RewardModel:
     """Scores samples; stands beside the reward functions in a `Scorer`."""
 
     def __init__(self, path: str, mesh: jax.sharding.Mesh, model: Model, *, max_tokens: int):
-        source = resolve(path)
-        head = find_head(open_checkpoint(source), load_hf_config(source))
+        source = open_pretrained(path)
+        head = find_head(source.checkpoint, source.hf_config)
         if head is None or head.num_labels != 1:
             found = "no score head" if head is None else f"a score head of {head.num_labels} labels"
             raise ValueError(f"reward.model.path {path} has {found}: give a sequence-classification model with one label")
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer)
         self.mesh = mesh
         self.rows = max(1, max_tokens // ROWS)  # of ROWS tokens in a micro-batch on one device
-        config = model_config(model, source, score_bias=head.has_bias)
+        config = model_config(model, source.hf_config, score_bias=head.has_bias)
         self.max_position = config.max_position
         self.critic = Critic(mesh, config, None, 0.0)
         abstract = abstract_variables(mesh, config, "score", model.compute_dtype)

@@ -7,7 +7,8 @@ A role that trains has a `TrainState` (what the optimizer moves: "params", or "l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ from .algorithms.losses import POLICY_LOSSES
 from .config import Config, Model, Optim
 from .models import decoder
 from .models.config import ModelConfig
-from .models.lora import merge_lora
 from .optimizer import Optimizer, abstract_state, lr_schedule, make_optimizer
 from .parallel import use_mesh, with_shardings
 from .update import Critic, Policy, PolicyLoss, TrainState, merge
-from .weights.folder import load_hf_config
-from .weights.formats import open_checkpoint
+from .weights.bnb import dequantized, packed_tensors
+from .weights.export import export_hf
 from .weights.hf_names import rows
-from .weights.load import load_params, resolve
+from .weights.load import load_params
+from .weights.packed import load_packed, packed_kernels
+from .weights.peft_tree import export_peft, load_lora, lora_settings
+from .weights.pretrained import Pretrained, open_pretrained
 from .weights.stored import Checkpoint
 
 Tree = Any
+log = logging.getLogger(__name__)
 
 
 class Roles:
@@ -41,17 +45,17 @@ class Roles:
     """
 
     def __init__(
-        self, c: Config, mesh: jax.sharding.Mesh, source: Path, *, steps: int, needs_critic: bool, resumed: bool
+        self, c: Config, mesh: jax.sharding.Mesh, source: Pretrained, *, steps: int, needs_critic: bool, resumed: bool
     ):
-        self.mesh, self.needs_critic = mesh, needs_critic
+        self.mesh, self.needs_critic, self.source = mesh, needs_critic, source
         self._make_actor(c, source, steps, resumed)
         if c.needs_ref:
             self._make_ref(c, source)
         if needs_critic:
-            self._make_critic(c, steps, resumed)
+            self._make_critic(c, source, steps, resumed)
 
-    def _make_actor(self, c: Config, source: Path, steps: int, resumed: bool) -> None:
-        self.model = with_adapters(model_config(c.model, source), c.model)
+    def _make_actor(self, c: Config, source: Pretrained, steps: int, resumed: bool) -> None:
+        self.model = actor_config(c.model, source)
         self.actor_optimizer = optimizer_of(c.actor.optim)
         self.policy = Policy(self.mesh, self.model, self.actor_optimizer, policy_loss(c))
         self.actor_lr = schedule_of(c.actor.optim, steps)
@@ -60,30 +64,39 @@ class Roles:
         if self.has_adapters:  # what does not train needs no float32
             frozen = abstract_variables(self.mesh, self.model, "lm", c.model.compute_dtype)["params"]
             self.actor_abstract = {**self.actor_abstract, "params": frozen}
-        base = None
-        if self.has_adapters or not resumed:
-            base = load_base(source, self.model, self.actor_abstract)
-        self.actor_frozen = {"params": base} if self.has_adapters else {}
-        if not resumed:
-            trained = {"params": base}
-            if self.has_adapters:
-                trained = {"lora": fresh_adapters(self.mesh, self.model, self.actor_abstract, c.trainer.seed)}
-            self.actor = new_train_state(self.mesh, self.actor_optimizer, trained)
+        self.actor_frozen = load_frozen(source, self.model, self.actor_abstract) if self.has_adapters else {}
+        if resumed:
+            return
+        if source.adapter is not None:
+            trained = {"lora": load_lora(source.adapter, self.model, self.actor_abstract["lora"])}
+        elif self.has_adapters:
+            trained = {"lora": fresh_adapters(self.mesh, self.model, self.actor_abstract, c.trainer.seed)}
+        else:
+            trained = {"params": load_base(source, self.model, self.actor_abstract)}
+        self.actor = new_train_state(self.mesh, self.actor_optimizer, trained)
 
-    def _make_ref(self, c: Config, source: Path) -> None:
+    def _make_ref(self, c: Config, source: Pretrained) -> None:
         self.ref = self.actor_frozen  # of adapters, the reference is the model without them
         if self.has_adapters and c.ref.path is None:
             return
-        config, ref_source = model_config(c.model, source), source if c.ref.path is None else resolve(c.ref.path)
-        if model_config(c.model, ref_source) != config:
-            raise ValueError(f"ref.path {c.ref.path} is not of the shape of model.path {c.model.path}")
+        plain = model_config(c.model, source.hf_config)
+        ref_source = source if c.ref.path is None else open_pretrained(c.ref.path)
+        if model_config(c.model, ref_source.hf_config) != plain:
+            raise ValueError(f"ref.path {c.ref.path} is not of the shape of model.path {source.name}")
+        packed = self.model.packed
+        if packed is not None and packed_kernels(ref_source.checkpoint, plain) != packed:
+            raise ValueError(
+                f"ref.path {c.ref.path} does not hold the same kernels in 4 bits as model.path {source.name}: leave it "
+                "out, and the reference is the model without its adapters"
+            )
+        config = dataclasses.replace(plain, packed=packed)
         abstract = abstract_variables(self.mesh, config, "lm", c.model.compute_dtype)
-        self.ref = {"params": load_base(ref_source, config, abstract)}
+        self.ref = load_frozen(ref_source, config, abstract)
 
-    def _make_critic(self, c: Config, steps: int, resumed: bool) -> None:
-        source = resolve(c.critic.path or c.model.path)
+    def _make_critic(self, c: Config, source: Pretrained, steps: int, resumed: bool) -> None:
+        source = source if c.critic.path is None else open_pretrained(c.critic.path)
         layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
-        config = model_config(c.model, source, score_bias=True, **layers)
+        config = model_config(c.model, source.hf_config, score_bias=True, **layers)
         optimizer = optimizer_of(c.critic.optim)
         self.critic = Critic(self.mesh, config, optimizer, c.critic.cliprange_value)
         self.critic_lr = schedule_of(c.critic.optim, steps)
@@ -97,11 +110,16 @@ class Roles:
         """All weights of the actor, trained and frozen: what `policy.logprobs` and an engine take."""
         return merge(self.actor.trained, self.actor_frozen)
 
-    def merged_params(self) -> Tree:
-        """The actor's "params" with its adapters, if it has any, added to the weights."""
-        if not self.has_adapters:
-            return self.actor.trained["params"]
-        return self.policy.jit(lambda variables: merge_lora(self.model, variables))(self.actor_variables())
+    def export(self, folder: Path) -> None:
+        """The actor as a Hugging Face folder `hf` in `folder`, adapters merged; and `adapter`, for PEFT, where it has any."""
+        export_hf(
+            **self.actor_variables(), config=self.model, out_dir=folder / "hf", source_folder=self.source, overwrite=True
+        )
+        if self.has_adapters:
+            export_peft(
+                self.actor.trained["lora"], self.model, folder / "adapter",
+                base=self.source.base, like=self.source.adapter, overwrite=True,
+            )  # fmt: skip
 
     def state(self) -> Tree:
         """What a checkpoint holds of the roles."""
@@ -118,23 +136,35 @@ class Roles:
             self.critic_state = state["critic"]
 
 
-def model_config(m: Model, source: Path, **changes: Any) -> ModelConfig:
-    """The decoder of a Hugging Face folder, computed as the section `model` says."""
-    config = ModelConfig.from_hf(
-        load_hf_config(source), compute_dtype=m.compute_dtype, remat=m.remat, attention=m.attention
-    )
+def model_config(m: Model, hf_config: Mapping[str, Any], **changes: Any) -> ModelConfig:
+    """The decoder of a Hugging Face config, computed as the section `model` says."""
+    config = ModelConfig.from_hf(hf_config, compute_dtype=m.compute_dtype, remat=m.remat, attention=m.attention)
     layers = changes.get("num_layers")
     if layers is not None and not 1 <= layers <= config.num_layers:
-        raise ValueError(
-            f"critic.num_layers {layers} must lie between 1 and the {config.num_layers} layers of {source}"
-        )
+        raise ValueError(f"critic.num_layers {layers} must lie between 1 and the {config.num_layers} layers of its model")
     return dataclasses.replace(config, **changes)
 
 
-def with_adapters(config: ModelConfig, m: Model) -> ModelConfig:
-    return dataclasses.replace(
-        config, lora_rank=m.lora_rank, lora_alpha=m.lora_alpha, lora_targets=tuple(m.lora_targets)
-    )
+def actor_config(m: Model, source: Pretrained) -> ModelConfig:
+    """The actor's decoder: what the checkpoint keeps in 4 bits stays so, and adapters are those to begin from or new.
+
+    Raises ValueError for 4-bit weights without adapters, and where the settings contradict the adapter.
+    """
+    config = model_config(m, source.hf_config)
+    lora = {"lora_rank": m.lora_rank, "lora_alpha": m.lora_alpha, "lora_targets": tuple(m.lora_targets)}
+    if source.adapter is not None:
+        lora = lora_settings(source.adapter)
+        if m.lora_rank not in (0, lora["lora_rank"]):
+            raise ValueError(
+                f"model.lora_rank is {m.lora_rank}, and the adapter {source.adapter.folder} has rank "
+                f"{lora['lora_rank']}: leave lora_rank out, it is taken from the adapter"
+            )
+    if packed_tensors(source.checkpoint) and not lora["lora_rank"]:
+        raise ValueError(
+            f"model.path {source.name} holds weights in 4 bits, which cannot be trained: set model.lora_rank to train "
+            f"adapters on them, or unpack them, `python scripts/convert_checkpoint.py {source.name} OUT --dequantize`"
+        )
+    return dataclasses.replace(config, packed=packed_kernels(source.checkpoint, config), **lora)
 
 
 def optimizer_of(o: Optim) -> Optimizer:
@@ -165,20 +195,33 @@ def policy_loss(c: Config) -> PolicyLoss:
 
 
 def abstract_variables(mesh: jax.sharding.Mesh, config: ModelConfig, head: str, dtype: str = "float32") -> Tree:
-    """Shape, dtype and sharding of every weight: {"params": .., "lora": ..}."""
+    """Shape, dtype and sharding of every weight: {"params": .., "lora": .., "packed": ..}, the last as it is stored."""
     shapes, axes = decoder.abstract_params(config, head)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    for name in shapes.keys() - {"packed"}:
+        shapes[name] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes[name])
     return {name: with_shardings(mesh, shapes[name], axes[name]) for name in shapes if shapes[name]}
 
 
-def load_base(source: Path, config: ModelConfig, abstract: Tree, *, new_head: bool = False) -> Tree:
-    """The "params" of a checkpoint. With `new_head`, a score head that it does not hold begins at zero.
+def load_frozen(source: Pretrained, config: ModelConfig, abstract: Tree) -> Tree:
+    """All of a language model that does not train, by collection: kernels in 4 bits stay as they are."""
+    frozen = {"params": load_base(source, config, abstract)}
+    if config.packed is not None:
+        frozen["packed"] = load_packed(source.checkpoint, config, abstract["packed"])
+    return frozen
 
-    Zero, because a critic begins by knowing nothing, and no random value moves the first advantages.
+
+def load_base(source: Pretrained, config: ModelConfig, abstract: Tree, *, new_head: bool = False) -> Tree:
+    """The "params" of a model. With `new_head`, a score head that it does not hold begins at zero.
+
+    Zero, because a critic begins by knowing nothing, and no random value moves the first advantages. Weights in 4 bits
+    that `config.packed` does not name become numbers.
     """
     head = "score" if "score" in abstract["params"] else "lm"
     fresh = {"score.kernel", "score.bias"} if new_head else set()
-    params = load_params(_lower_layers(source, config, head), config, abstract["params"], allow_missing=fresh)
+    if config.packed is None and packed_tensors(source.checkpoint):
+        log.warning("%s: its weights in 4 bits become numbers here, four times the memory or more", source.name)
+    checkpoint = _lower_layers(source, config, head)
+    params = load_params(checkpoint, config, abstract["params"], allow_missing=fresh, dequantize=True)
     if new_head:
         structs = abstract["params"]["score"]
         params["score"] = {
@@ -208,12 +251,13 @@ def new_train_state(mesh: jax.sharding.Mesh, optimizer: Optimizer, trained: Tree
         return TrainState(trained, jax.jit(optimizer.init, out_shardings=shardings)(trained))
 
 
-def _lower_layers(source: Path, config: ModelConfig, head: str) -> Checkpoint:
+def _lower_layers(source: Pretrained, config: ModelConfig, head: str) -> Checkpoint:
     """The checkpoint without the layers above those of `config`: for a critic that is shallower than its model."""
-    checkpoint = open_checkpoint(source)
-    num_stored = ModelConfig.from_hf(load_hf_config(source)).num_layers
+    num_stored = ModelConfig.from_hf(source.hf_config).num_layers
+    if num_stored == config.num_layers:
+        return source.checkpoint
+    checkpoint = dequantized(source.checkpoint)
     above = {
         name for row in rows(config, head=head) if row.stacked for name in row.hf_names(num_stored)[config.num_layers :]
     }
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in above}
-    return Checkpoint(checkpoint.folder, tensors, kind=checkpoint.kind, layout=checkpoint.layout)
+    return checkpoint.with_tensors({name: checkpoint.stored(name) for name in checkpoint.tensors if name not in above})

@@ -7,9 +7,9 @@ lives in `rollout/`, `rewards/` and `learner.py`.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ from .roles import Roles, model_config, policy_loss
 from .rollout.engine import Sampling
 from .rollout.jax_engine import JaxEngine
 from .sources import load_rows
-from .weights.export import export_hf
-from .weights.load import resolve
+from .weights.pretrained import open_pretrained
 
 Tree = Any
 log = logging.getLogger(__name__)
@@ -51,8 +50,8 @@ class Trainer:
         self.folder = c.run_dir
         self.checkpoints = Checkpoints(self.folder / "checkpoints", max_to_keep=c.trainer.max_ckpt_to_keep)
         self.start = self._where_to_start()
-        self.source = resolve(c.model.path)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.source)
+        self.source = open_pretrained(c.model.path, c.model.lora_adapter_path)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.source.tokenizer)
         self.mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
         train = self._dataset("train")
         self.loader = PromptLoader(
@@ -130,7 +129,7 @@ class Trainer:
         self._sampling(c.rollout)
         self._sampling(c.rollout.val_kwargs)
         longest = c.data.max_prompt_length + c.data.max_response_length
-        if longest > (most := model_config(c.model, self.source).max_position):
+        if longest > (most := model_config(c.model, self.source.hf_config).max_position):
             raise ValueError(
                 f"data.max_prompt_length + data.max_response_length = {longest} is more than the {most} tokens of the "
                 f"context of {c.model.path}: lower one of them"
@@ -191,8 +190,8 @@ class Trainer:
             self.checkpoints.wait()
             metrics.close()
             samples.close()
-        self.engine.close()  # before the export: merging adapters makes a copy
-        self.export(self.folder / "hf")
+        self.engine.close()
+        self.roles.export(self.folder)
         if jax.process_index() == 0:
             print(f"Done: {self.folder / 'hf'} is the trained model.")
             if "jsonl" in c.trainer.logger:
@@ -247,10 +246,6 @@ class Trainer:
             {name: [s.metrics.get(name) for s in scores] for name in names},
         )  # fmt: skip
 
-    def export(self, folder: Path) -> None:
-        """The actor as a Hugging Face folder; adapters are merged."""
-        export_hf(self.roles.merged_params(), self.roles.model, folder, source_folder=self.source, overwrite=True)
-
     # Small things that several stages ask for.
 
     def _seed(self, step: int) -> int:
@@ -262,7 +257,7 @@ class Trainer:
         return Sampling(
             max_tokens=self.config.data.max_response_length, n=1 if greedy else settings.n,
             temperature=0.0 if greedy else settings.temperature, top_k=-1 if greedy else settings.top_k,
-            top_p=1.0 if greedy else settings.top_p, stop_ids=_stop_ids(self.tokenizer, self.source),
+            top_p=1.0 if greedy else settings.top_p, stop_ids=_stop_ids(self.tokenizer, self.source.generation_config),
         )  # fmt: skip
 
     def _score(
@@ -288,14 +283,11 @@ class Trainer:
         return scores
 
 
-def _stop_ids(tokenizer: PreTrainedTokenizerBase, source: Path) -> tuple[int, ...]:
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
     """Where a response ends: the tokenizer's end, and those that the model's generation config names."""
     stops = {tokenizer.eos_token_id} - {None}
-    settings = source / "generation_config.json"
-    if settings.exists():
-        named = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") or []
-        stops |= {named} if isinstance(named, int) else set(named)
-    return tuple(sorted(stops))
+    named = generation_config.get("eos_token_id") or []
+    return tuple(sorted(stops | ({named} if isinstance(named, int) else set(named))))
 
 
 def _reward_metrics(scores: list[Score]) -> dict[str, float]:

@@ -461,8 +461,9 @@ def start_sides(
     """The model, jaxrl's device and the two sides; None where there is no torch to compare with."""
     from jaxrl.config import Model
     from jaxrl.roles import model_config
+    from jaxrl.weights.folder import load_hf_config
 
-    config = model_config(Model(path=str(setup.source)), setup.source, num_layers=setup.num_layers)
+    config = model_config(Model(path=str(setup.source)), load_hf_config(setup.source), num_layers=setup.num_layers)
     ours = Side(stack, "jaxrl", jaxrl_kind, setup)
     device = ours(jaxrl_kind.device)
     if importlib.util.find_spec("torch") is None:
@@ -488,12 +489,13 @@ def load_jaxrl(setup: Setup) -> tuple[ModelConfig, Any, Any]:
     from jaxrl.host_memory import keep_freed_memory
     from jaxrl.parallel import make_mesh
     from jaxrl.roles import abstract_variables, load_base, model_config
+    from jaxrl.weights.pretrained import open_pretrained
 
     keep_freed_memory()
-    model = Model(path=str(setup.source), compute_dtype=setup.dtype)
-    config = model_config(model, setup.source, num_layers=setup.num_layers)
+    model, source = Model(path=str(setup.source), compute_dtype=setup.dtype), open_pretrained(setup.source)
+    config = model_config(model, source.hf_config, num_layers=setup.num_layers)
     mesh = make_mesh(1, 1, 1)
-    return config, mesh, load_base(setup.source, config, abstract_variables(mesh, config, "lm"))
+    return config, mesh, load_base(source, config, abstract_variables(mesh, config, "lm"))
 
 
 def load_torch(setup: Setup, device: str) -> Any:

@@ -80,6 +80,7 @@ def make_batch() -> tuple[Sequences, dict[str, np.ndarray]]:
         "old_values": 0.5 * noise["old"],
         "returns": noise["ret"],
         "loss_weights": mask / mask.sum(),
+        "term_weights": mask / mask.sum(),
     }
     return sequences, numbers
 

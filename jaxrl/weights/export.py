@@ -11,45 +11,62 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..models.config import ModelConfig
+from ..models.nf4 import dequantize
 from ..parallel import fetch
-from .bnb import dequantized, dequantized_config
-from .folder import copy_companions, load_hf_config, refuse_existing
-from .formats import open_checkpoint
-from .hf_names import CLASSES, axis_sizes, embedding_of, flatten, head_of, in_order, is_packed
-from .packed import unpacked
+from .bnb import dequantized
+from .folder import refuse_existing
+from .hf_names import CLASSES, Row, axis_sizes, embedding_of, flatten, head_of, in_order, is_packed
 from .prefixes import with_expected_names
+from .pretrained import Pretrained, open_pretrained
 from .safetensors_writer import TensorSpec, dtype_named
+from .stored import Checkpoint
 from .write import write_model
 
 Tree = dict[str, Any]
 
 
 def hf_tensors(
-    params: Tree, config: ModelConfig, *, lora: Tree | None = None, packed: Tree | None = None
+    params: Tree,
+    config: ModelConfig,
+    *,
+    lora: Tree | None = None,
+    packed: Tree | None = None,
+    dtype: np.dtype | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor under its Hugging Face name, whole, on the host, in the order of a forward pass.
 
-    The adapters `lora` are merged into the kernels they adapt, in float32; the 4-bit kernels `packed` become numbers.
-    Both happen tensor by tensor: there is no merged copy of the model. On several hosts each of them must run through
-    the iterator, and each is given every tensor.
+    `lora` is merged into the weights it adapts, and the 4-bit kernels `packed` become numbers, one layer at a time; a
+    `dtype` is taken on before the tensor leaves the devices. On several hosts each of them must run through the
+    iterator, and each is given every tensor.
     """
     leaves, adapters, codes = (dict(flatten(tree or {})) for tree in (params, lora, packed))
     for row, layer in in_order(config, head_of(params)):
-        module = row.ours.removesuffix("kernel")
+        module = row.ours.removesuffix(".kernel")
         if is_packed(row, config):
-            assert layer is not None, "what is packed is a layer's"
-            parts = {name.removeprefix(module): array for name, array in codes.items() if name.startswith(module)}
-            tensor = unpacked(parts, row, layer, config)
+            array = _numbers(codes, row, layer, config)
         else:
-            array = leaves[row.ours]
-            tensor = row.to_hf(np.asarray(fetch(array[layer] if row.stacked else array)))
-        if row.ours.endswith(".kernel") and f"{module}a" in adapters:
-            a, b = (np.asarray(fetch(adapters[module + name][layer])) for name in "ab")
-            tensor = tensor.astype(np.float32) + row.to_hf(np.float32(config.lora_scale) * np.tensordot(a, b, axes=1))
-        yield row.hf.format(layer), tensor
+            array = leaves[row.ours][layer] if row.stacked else leaves[row.ours]
+        if f"{module}.a" in adapters:
+            a, b = (adapters[f"{module}.{part}"][layer] for part in "ab")
+            array = array + config.lora_scale * jnp.tensordot(a, b, axes=1, precision="highest")
+        if dtype is not None and array.dtype != dtype:
+            array = array.astype(dtype)
+        yield row.hf.format(layer), row.to_hf(np.asarray(fetch(array)))
+
+
+def _numbers(codes: Mapping[str, jax.Array], row: Row, layer: int | None, config: ModelConfig) -> jax.Array:
+    """One layer's kernel, in our layout, of the 4-bit arrays in `codes`."""
+    assert config.packed is not None
+    sizes, module = axis_sizes(config), row.ours.removesuffix("kernel")
+    parts = {name.removeprefix(module): array[layer] for name, array in codes.items() if name.startswith(module)}
+    outputs, inputs = row.groups
+    shape = tuple(sizes[letter] for letter in (*outputs, *inputs))
+    kernel = dequantize(parts, config.packed, shape, (None,) * len(shape))
+    return kernel.transpose(*range(len(outputs), kernel.ndim), *range(len(outputs)))
 
 
 def export_hf(
@@ -57,7 +74,7 @@ def export_hf(
     config: ModelConfig,
     out_dir: str | Path,
     *,
-    source_folder: str | Path,
+    source_folder: str | Path | Pretrained,
     lora: Tree | None = None,
     packed: Tree | None = None,
     dtype: str | None = None,
@@ -68,12 +85,13 @@ def export_hf(
 
     Adapters `lora` are merged, and the 4-bit kernels `packed` become numbers: the result is a plain model.
 
-    Everything but the weights comes from `source_folder`, the model that training began from; so does the dtype of
-    each tensor, unless `dtype` names one for all. A tree with a `score` head is written as ForTokenClassification where
-    the head has a bias (as verl keeps a critic), else as ForSequenceClassification. `out_dir` appears when it is
-    complete; what is already there is refused, or with `overwrite` kept until then.
+    Everything but the weights comes from `source_folder`, the model that training began from (a folder, or opened); so
+    does the dtype of each tensor, unless `dtype` names one for all. A tree with a `score` head is written as
+    ForTokenClassification where the head has a bias (as verl keeps a critic), else as ForSequenceClassification.
+    `out_dir` appears when it is complete; what is already there is refused, or with `overwrite` kept until then.
     """
-    source, out_dir = Path(source_folder), Path(out_dir)
+    source = source_folder if isinstance(source_folder, Pretrained) else open_pretrained(source_folder)
+    out_dir = Path(out_dir)
     if not overwrite:
         refuse_existing(out_dir)
     specs = _specs(config, head_of(params), source, dtype)
@@ -81,11 +99,10 @@ def export_hf(
     tensors = hf_tensors(params, config, lora=lora, packed=packed)
     stream = ((name, tensor.astype(dtypes[name], copy=False)) for name, tensor in tensors)
     if jax.process_index() == 0:
-        hf_config = config_for_head(dequantized_config(load_hf_config(source)), config, head_of(params))
+        hf_config = config_for_head(source.hf_config, config, head_of(params))
         write_model(
-            out_dir, hf_config, specs, stream, source=f"trained from {source_folder}",
-            companions=lambda folder: copy_companions(source, folder), max_shard_bytes=max_shard_bytes,
-            overwrite=overwrite,
+            out_dir, hf_config, specs, stream, source=f"trained from {source.name}",
+            companions=source.write_companions, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
         )  # fmt: skip
     else:
         for _ in stream:  # takes part in the gathering
@@ -96,26 +113,26 @@ def export_hf(
         multihost_utils.sync_global_devices(f"exported {out_dir}")
 
 
-def _specs(config: ModelConfig, head: str, source: Path, dtype: str | None) -> list[TensorSpec]:
+def _specs(config: ModelConfig, head: str, source: Pretrained, dtype: str | None) -> list[TensorSpec]:
     """Name, shape and dtype of what will be written."""
     sizes = axis_sizes(config)
     shapes = {row.hf.format(layer): row.hf_shape(sizes) for row, layer in in_order(config, head)}
     if dtype is None:
-        dtypes = stored_dtypes(source, config, shapes)
+        dtypes = stored_dtypes(source.checkpoint, config, shapes)
         return [TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items()]
     return [TensorSpec(name, shape, dtype_named(dtype)) for name, shape in shapes.items()]
 
 
-def stored_dtypes(source: Path, config: ModelConfig, names: Iterable[str]) -> dict[str, np.dtype]:
+def stored_dtypes(checkpoint: Checkpoint, config: ModelConfig, names: Iterable[str]) -> dict[str, np.dtype]:
     """The dtype of each tensor in the model that training began from; one that it lacks has its embedding's.
 
     Raises ValueError where that model has another vocabulary or width.
     """
     table, sizes = embedding_of(config), axis_sizes(config)
-    stored = with_expected_names(dequantized(open_checkpoint(source)), {table}).tensors
+    stored = with_expected_names(dequantized(checkpoint), {table}).tensors
     shape = sizes["v"], sizes["d"]
     if stored.get(table) is None or stored[table].shape != shape:
-        raise ValueError(f"{source} is not the model that is exported: its {table} is not {shape}")
+        raise ValueError(f"{checkpoint.folder} is not the model that is exported: its {table} is not {shape}")
     return {name: stored.get(name, stored[table]).dtype for name in names}
 
 

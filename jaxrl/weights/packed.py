@@ -1,4 +1,4 @@
-"""4-bit kernels on their way to the device and back: bitsandbytes' files <-> the collection "packed" (QLoRA).
+"""4-bit kernels on their way to the device: bitsandbytes' files -> the collection "packed" (QLoRA).
 
 What is packed is found in the checkpoint, not chosen: a kernel stays packed where bitsandbytes packed it in every layer,
 in the same way. Codes and scales pass through as they are stored, and a host reads the rows that its devices hold.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,13 +15,11 @@ import jax
 import numpy as np
 
 from ..models.config import ModelConfig, PackedKernels
-from ..parallel import fetch
-from .bnb import Packed, dequantized
+from .bnb import Packed, dequantized, packed_tensors
 from .fit import fitted
 from .hf_names import Row, axis_sizes, flatten, is_packed, rows, unflatten
 from .load import fill
-from .safetensors_writer import dtype_named
-from .stored import Checkpoint, Index, StoredTensor
+from .stored import Checkpoint, Index
 
 Tree = dict[str, Any]
 _log = logging.getLogger(__name__)
@@ -33,6 +30,8 @@ def packed_kernels(checkpoint: Checkpoint, config: ModelConfig) -> PackedKernels
 
     Kernels that are packed in some layers alone, or in another way than most, become numbers, and the log says so.
     """
+    if not packed_tensors(checkpoint):
+        return None
     tensors = fitted(dequantized(checkpoint), config, "lm").tensors
     ways: dict[PackedKernels, list[str]] = {}
     packed, unpacked = [], []
@@ -44,8 +43,6 @@ def packed_kernels(checkpoint: Checkpoint, config: ModelConfig) -> PackedKernels
         kinds = {None if p is None or not _fits(row, p, config) else _way(p) for p in stored}
         if len(kinds) == 1 and (way := kinds.pop()) is not None:
             ways.setdefault(way, []).append(row.ours.split(".")[-2])
-    if not packed:
-        return None
     way = max(ways, key=lambda way: len(ways[way]), default=None)
     kept = () if way is None else tuple(ways[way])
     unpacked = [row.ours for row in packed if row.ours.split(".")[-2] not in kept]
@@ -69,22 +66,6 @@ def load_packed(checkpoint: Checkpoint, config: ModelConfig, abstract_packed: Tr
             arrays[path] = fill(wanted[path], partial(_read, layers, path.rpartition(".")[2], wanted[path]))
     assert arrays.keys() == wanted.keys(), arrays.keys() ^ wanted.keys()
     return unflatten(arrays)
-
-
-def unpacked(parts: Mapping[str, Any], row: Row, layer: int, config: ModelConfig) -> np.ndarray:
-    """The Hugging Face tensor of one layer as numbers of the packed dtype, from arrays on the devices.
-
-    `parts` are the arrays of one kernel, all layers. On several hosts each of them must call it.
-    """
-    assert config.packed is not None
-    p = config.packed
-    host = {name: np.asarray(fetch(array[layer])) for name, array in parts.items()}
-    codes, absmax = (StoredTensor.of(host[name].reshape(-1), "") for name in ("codes", "absmax"))
-    return Packed(
-        row.hf_shape(axis_sizes(config)), dtype_named(p.dtype), "", p.blocksize, codes, absmax, host["quant_map"],
-        host.get("nested_absmax"), host.get("nested_quant_map"), p.nested_blocksize,
-        float(host.get("nested_offset", 0.0)),
-    ).dequantize()  # fmt: skip
 
 
 def _way(packed: Packed) -> PackedKernels:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .formats import open_checkpoint
+from .formats import kind_of, open_checkpoint
 from .heads import HEADS, OUTPUTS
-from .peft_config import MERGE_WITH_PEFT, AdapterConfig, read_adapter_config
+from .peft_config import CONFIG_FILE, MERGE_WITH_PEFT, AdapterConfig, read_adapter_config
 from .stored import Checkpoint, Index, StoredTensor
 
 PREFIX = "base_model.model."  # what PEFT puts before every name
@@ -58,6 +58,23 @@ class Adapter:
     @property
     def folder(self) -> Path:
         return self.checkpoint.folder
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether this is an adapter and not a model with one beside it."""
+    if path.is_file():
+        beside = (path.parent / CONFIG_FILE).is_file() and kind_of(path) != "gguf"
+        return beside and any(name.startswith(PREFIX) for name in open_checkpoint(path).tensors)
+    if not (path / CONFIG_FILE).is_file():
+        return False
+    others = [file.name for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern)]
+    if others:
+        raise ValueError(f"{path} holds an adapter and {min(others)}: name the file of the one that is meant")
+    return True
+
+
+def adapter_folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def open_adapter(folder: str | Path) -> Adapter:

@@ -27,8 +27,7 @@ from .heads import HEADS, OUTPUTS, find_head
 from .hf_names import EMBEDDING, LM_HEAD, rows, unflatten
 from .locate import fetch_model, resolve
 from .orbax_folder import arrays_under, as_checkpoint, head_settings, is_orbax, open_arrays
-from .peft import PREFIX, Adapter, base_path, merged, open_adapter
-from .peft_config import CONFIG_FILE
+from .peft import Adapter, adapter_folder, base_path, is_adapter, merged, open_adapter
 from .peft_tree import adapter_of
 from .stored import Checkpoint
 
@@ -91,23 +90,6 @@ def open_adapter_source(name: str, options: Options) -> Adapter:
         if adapter is not None:
             return adapter
     raise ValueError(f"{name} holds no adapter: --to peft takes a PEFT adapter, or a run that trained with lora_rank")
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether this is an adapter and not a model with one beside it."""
-    if path.is_file():
-        beside = (path.parent / CONFIG_FILE).is_file() and kind_of(path) != "gguf"
-        return beside and any(name.startswith(PREFIX) for name in open_checkpoint(path).tensors)
-    if not (path / CONFIG_FILE).is_file():
-        return False
-    others = [file.name for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern)]
-    if others:
-        raise ValueError(f"{path} holds an adapter and {min(others)}: name the file of the one that is meant")
-    return True
-
-
-def adapter_folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 def _merged_source(name: str, adapter: Adapter, options: Options) -> Source:
@@ -181,7 +163,7 @@ def _run_source(name: str, path: Path, options: Options) -> Source:
     # Array by array and not layer by layer: a run does not cut its arrays by layers.
     names = [tensor for row in rows(source.config, head=head) for tensor in row.hf_names(source.config.num_layers)]
     by_array = source.checkpoint.with_tensors({tensor: source.checkpoint.stored(tensor) for tensor in names})
-    return replace(source, checkpoint=by_array, dtypes=stored_dtypes(run.base, source.config, names))
+    return replace(source, checkpoint=by_array, dtypes=stored_dtypes(open_checkpoint(run.base), source.config, names))
 
 
 def _with_layers(hf_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
