@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..batch import Prompt, Rollout
@@ -21,6 +21,11 @@ class Sampling:
     top_k: int = -1
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()  # a response ends with the first of them, and keeps it
+    # What not every engine can do:
+    stop: tuple[str, ...] = ()  # a response ends with the first of these texts, and keeps it
+    bad_words: tuple[str, ...] = ()  # texts that are not produced
+    guided: Mapping[str, Any] = field(default_factory=dict)  # {"regex": ..}, {"choice": [..]}, {"json": schema} ...
+    max_tokens_each: tuple[int, ...] = ()  # one a prompt, where they differ; none above `max_tokens`
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -40,6 +45,33 @@ class Sampling:
             )
         if not all(isinstance(stop, int) and stop >= 0 for stop in self.stop_ids):
             raise ValueError(f"stop_ids {self.stop_ids}: token ids are whole numbers from 0 on")
+        if self.max_tokens_each and not 1 <= min(self.max_tokens_each) <= max(self.max_tokens_each) <= self.max_tokens:
+            raise ValueError(f"max_tokens_each {self.max_tokens_each}: each lies between 1 and max_tokens {self.max_tokens}")
+        if len(self.guided) > 1:
+            raise ValueError(f"guided {dict(self.guided)}: one grammar at a time, {', '.join(self.guided)} are several")
+
+    def refuse(self, names: Iterable[str], engine: str) -> None:
+        """Raises ValueError where one of the settings `names`, which `engine` does not know, is used."""
+        for name in names:
+            if value := getattr(self, name):
+                raise ValueError(f"{name} {value!r}: the {engine} engine cannot do that, set rollout.engine to vllm")
+
+
+def check_prompt(prompt: Prompt, max_tokens: int, *, context: int, vocab_size: int) -> None:
+    """Raises ValueError for a prompt that a model of this context and vocabulary cannot answer."""
+    ids = prompt.token_ids
+    if not len(ids):
+        raise ValueError(f"the prompt of row {prompt.index} is empty: there is nothing to continue")
+    if len(ids) + max_tokens > context:
+        raise ValueError(
+            f"the prompt of row {prompt.index} has {len(ids)} tokens, and with a response of up to {max_tokens} it is "
+            f"longer than the model's context of {context}: shorten one of the two"
+        )
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(
+            f"the prompt of row {prompt.index} holds token {max(ids) if min(ids) >= 0 else min(ids)}, and the model's "
+            f"vocabulary is 0 to {vocab_size - 1}: use the model's own tokenizer"
+        )
 
 
 class Engine(Protocol):

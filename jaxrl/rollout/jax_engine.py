@@ -23,7 +23,7 @@ from ..batch import Prompt, Rollout
 from ..models.config import ModelConfig
 from ..parallel import fetch, make_mesh, put_replicated, put_rows
 from .decoding import CHUNK, Batch, Programs
-from .engine import Report, Sampling
+from .engine import Report, Sampling, check_prompt
 from .sampling import Rule
 
 Tree = Any
@@ -61,8 +61,11 @@ class JaxEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, report: Report | None = None
     ) -> list[Rollout]:
         assert self.weights is not None, "generate before the first update_weights"
+        sampling.refuse(("stop", "bad_words", "guided", "max_tokens_each"), "jax")
         for prompt in prompts:
-            self._check(prompt, sampling)
+            check_prompt(
+                prompt, sampling.max_tokens, context=self.config.max_position, vocab_size=self.config.vocab_size
+            )
         responses = _Responses(len(prompts) * sampling.n, sampling.max_tokens)
         # Prompts of like length together: a batch is as long as its longest.
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p].token_ids))
@@ -75,21 +78,6 @@ class JaxEngine:
             ids, logprobs = responses[b]
             rollouts.append(Rollout(b // sampling.n, ids, logprobs, int(ids[-1]) in stops, self.version))
         return rollouts
-
-    def _check(self, prompt: Prompt, sampling: Sampling) -> None:
-        ids, context, words = prompt.token_ids, self.config.max_position, self.config.vocab_size
-        if not len(ids):
-            raise ValueError(f"the prompt of row {prompt.index} is empty: there is nothing to continue")
-        if len(ids) + sampling.max_tokens > context:
-            raise ValueError(
-                f"the prompt of row {prompt.index} has {len(ids)} tokens, and with a response of up to "
-                f"{sampling.max_tokens} it is longer than the model's context of {context}: shorten one of the two"
-            )
-        if not 0 <= min(ids) <= max(ids) < words:
-            raise ValueError(
-                f"the prompt of row {prompt.index} holds token {max(ids) if min(ids) >= 0 else min(ids)}, and the "
-                f"model's vocabulary is 0 to {words - 1}: use the model's own tokenizer"
-            )
 
     def _generate(self, prompts, sequences, sampling: Sampling, seed: int, responses: _Responses, report) -> None:
         """Draw the responses of `sequences`: at most `max_num_seqs` of them, by their number in the whole call."""

@@ -1,0 +1,136 @@
+"""Publishing weights: a version as a stream of bytes, tensor by tensor from the devices, into one or several sinks.
+
+An export runs once, whatever number of servers want it: each piece goes to every sink before the next one leaves the
+devices. A sink is a file (on tmpfs for servers on this host, on a shared disk for others) or an HTTP upload; the file
+takes its name when all of it is there. `rollout/protocol.py` says what the bytes are and how they are checked.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from ..models.config import ModelConfig
+from ..rollout.protocol import Manifest, Tensor, encode_header
+from .export import hf_tensors
+from .hf_names import axis_sizes, in_order
+from .peft_tree import lora_rows, peft_tensors
+from .safetensors_writer import dtype_named
+
+Tree = Any
+Stream = Callable[[], Iterator[tuple[str, np.ndarray]]]
+SPELLINGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+PIECE = 4 << 20  # bytes that go to the sinks at once
+
+
+class Sink(Protocol):
+    def write(self, piece: memoryview) -> None: ...
+
+
+class Export:
+    """One version on its way out. `manifest` is complete when all `pieces` have been taken."""
+
+    def __init__(self, run: str, version: int, shapes: dict[str, tuple[int, ...]], dtype: str, stream: Stream):
+        self.dtype = dtype_named(dtype)
+        self._tensors = [Tensor(name, shape, SPELLINGS[dtype]) for name, shape in shapes.items()]
+        self._stream = stream
+        self.manifest = Manifest(run, version, tuple(self._tensors))
+
+    def pieces(self) -> Iterator[memoryview]:
+        """On several hosts each of them must run through all of it, and each is given everything."""
+        m, done = self.manifest, []
+        yield memoryview(encode_header(m.run, m.version, m.tensors))
+        for announced, (name, array) in zip(m.tensors, self._stream(), strict=True):
+            assert (name, array.shape, array.dtype) == (announced.name, announced.shape, self.dtype), name
+            data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            done.append(Tensor(name, announced.shape, announced.dtype, zlib.crc32(data)))
+            for start in range(0, len(data), PIECE):
+                yield data[start : start + PIECE]
+        self.manifest = Manifest(m.run, m.version, tuple(done))
+
+    def send(self, sinks: Sequence[Sink]) -> None:
+        for piece in self.pieces():
+            for sink in sinks:
+                sink.write(piece)
+
+
+def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every tensor of a language model."""
+    sizes = axis_sizes(config)
+    return {row.hf.format(layer): row.hf_shape(sizes) for row, layer in in_order(config, "lm")}
+
+
+def model_export(run: str, version: int, variables: Tree, config: ModelConfig, dtype: str) -> Export:
+    """The whole model; adapters are merged."""
+    params, lora = variables["params"], variables.get("lora")
+
+    def stream() -> Iterator[tuple[str, np.ndarray]]:
+        return hf_tensors(params, config, lora=lora, dtype=dtype_named(dtype))
+
+    return Export(run, version, model_shapes(config), dtype, stream)
+
+
+def adapter_export(run: str, version: int, variables: Tree, config: ModelConfig) -> Export:
+    """The adapters alone, under PEFT's names, in float32."""
+    sizes, table = {**axis_sizes(config), "r": config.lora_rank}, lora_rows(config)
+    shapes = {row.hf.format(layer): row.hf_shape(sizes) for layer in range(config.num_layers) for row in table}
+
+    def stream() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in peft_tensors(variables["lora"], config):
+            yield name, array.astype(np.float32, copy=False)
+
+    return Export(run, version, shapes, "float32", stream)
+
+
+class FileSink:
+    """`path` appears when all has been written and `close` is called."""
+
+    def __init__(self, path: Path):
+        self.path, self._partial = path, path.with_suffix(".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("wb")
+
+    def write(self, piece: memoryview) -> None:
+        self._file.write(piece)
+
+    def close(self) -> None:
+        self._file.close()
+        self._partial.replace(self.path)
+
+    def abandon(self) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class SharedFolder:
+    """A folder on tmpfs for this process, removed when the process ends, also by SIGKILL.
+
+    A shell waits at the other end of a pipe for that; nothing else would remove shared memory then.
+    """
+
+    def __init__(self, parent: Path = Path("/dev/shm")):
+        if not os.access(parent, os.W_OK):
+            raise ValueError(f"{parent} cannot be written to: set rollout.vllm.transport to file or http")
+        self.path = parent / f"jaxrl-{uuid.uuid4().hex[:12]}"
+        self.path.mkdir()
+        self._guard = subprocess.Popen(
+            ["sh", "-c", 'read -r _; rm -rf -- "$1"', "sh", str(self.path)],
+            stdin=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait()
+
+
+def is_first_process() -> bool:
+    return jax.process_index() == 0

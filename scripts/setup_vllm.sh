@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# A virtual environment with a vLLM that this version of jaxrl was tried with, beside the trainer's own.
+#
+#     scripts/setup_vllm.sh [--cpu|--cuda] DIR
+#
+# --cpu (the default where there is no nvidia-smi) installs scripts/vllm/requirements-cpu.txt; --cuda the plain `vllm`
+# of scripts/vllm/requirements-cuda.txt. Checks it by importing it, and prints the path for `rollout.vllm.python` as its
+# last line. An environment that was made from the same file is left as it is. PYTHON names the interpreter to use.
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+kind=cpu
+command -v nvidia-smi > /dev/null && kind=cuda
+folder=
+for argument in "$@"; do
+    case "$argument" in
+        --cpu) kind=cpu ;;
+        --cuda) kind=cuda ;;
+        -*) echo "setup_vllm.sh: $argument is not an option: --cpu or --cuda, and the folder to make" >&2; exit 2 ;;
+        *) folder="$argument" ;;
+    esac
+done
+if [[ -z "$folder" ]]; then
+    echo "usage: scripts/setup_vllm.sh [--cpu|--cuda] DIR" >&2
+    exit 2
+fi
+pins="$here/vllm/requirements-$kind.txt"
+stamp="$folder/jaxrl-vllm.stamp"
+python="${PYTHON:-python3}"
+wanted="$(sha256sum < "$pins" | cut -d' ' -f1) $("$python" --version)"
+if [[ ! -x "$folder/bin/python" || "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]]; then
+    rm -f "$stamp"
+    "$python" -m venv --clear "$folder"
+    # The CPU file lists every package, so nothing is resolved: a resolver would bring builds for CUDA that break it.
+    resolve=()
+    [[ "$kind" == cpu ]] && resolve=(--no-deps)
+    "$folder/bin/python" -m pip install --quiet "${resolve[@]}" -r "$pins" >&2
+    (cd "$folder" && VLLM_NO_USAGE_STATS=1 bin/python -c 'import vllm; print("vllm", vllm.__version__)' >&2)
+    echo "$wanted" > "$stamp"
+fi
+echo "$(cd "$folder" && pwd)/bin/python"
