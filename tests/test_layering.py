@@ -24,6 +24,7 @@ FLOORS = [
     {"models", "parallel", "sources", "data"},
     {"weights", "rollout", "optimizer", "checkpoint", "metrics", "loggers"},
     {"update", "prepare", "weights.sync"},
+    {"rollout.vllm_engine", "rollout.vllm_publication"},
     {"roles", "reward_model", "learner", "trainer", "plan"},
 ]
 
@@ -34,10 +35,15 @@ LIBRARIES = {
     "optax": {"optimizer": "file"},
     "orbax": {"checkpoint": "file", "weights.orbax_folder": "function"},
     # Files from before torch 1.6, which only torch reads, and the comparison with transformers where it is installed.
-    "torch": {"weights.torch_bin": "function", "weights.verify": "function", "scripts.benchmark": "function"},
+    "torch": {
+        "weights.torch_bin": "function",
+        "weights.verify": "function",
+        "scripts.benchmark": "function",
+        "rollout.vllm_adapter": "function",
+    },
     "wandb": {"loggers": "function"},
     "gguf": {"weights.gguf": "function"},
-    "vllm": {},
+    "vllm": {"rollout.vllm_adapter": "function"},
     "trl": {},
     "peft": {},
     "bitsandbytes": {},
@@ -49,6 +55,7 @@ COMPILES = {"update", "prepare", "roles", "rollout"}
 # What a launcher, a sidecar or a dataset script imports; JAX would take seconds and the accelerator.
 WITHOUT_JAX = [
     "config", "batch", "packing", "tasks", "progress", "user_code", "rewards", "sources", "data", "rollout.engine",
+    "rollout.protocol", "rollout.vllm_adapter", "rollout.vllm_server", "rollout.vllm_process",
     "models.config", "weights.folder", "weights.hf_names", "weights.safetensors_writer", "weights.gguf",
 ]  # fmt: skip
 

@@ -26,11 +26,12 @@ from .settings import (
     RolloutSection,
     TrainerSection,
     ValKwargs,
+    VllmSection,
 )
 
 __all__ = [
     "CHOICES", "MAY_CHANGE", "Actor", "Algorithm", "Config", "CriticSection", "Data", "KLCtrl", "MeshSection", "Model",
     "Optim", "PolicyLossSection", "Ref", "Reward", "RewardFunction", "RewardModelSection", "RolloutCorrection",
-    "RolloutSection", "TrainerSection", "ValKwargs", "check", "describe", "differences", "from_dict", "load", "save",
-    "to_dict",
+    "RolloutSection", "TrainerSection", "ValKwargs", "VllmSection", "check", "describe", "differences", "from_dict",
+    "load", "save", "to_dict",
 ]  # fmt: skip

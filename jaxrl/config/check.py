@@ -11,7 +11,10 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.attention": ("xla", "cudnn", "splash"),
     "model.compute_dtype": ("bfloat16", "float32"),
     "data.truncation": ("error", "left", "right", "middle"),
-    "rollout.engine": ("jax",),
+    "rollout.engine": ("jax", "vllm"),
+    "rollout.vllm.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "rollout.vllm.transport": ("auto", "shm", "file", "http"),
+    "rollout.vllm.publish": ("merged", "adapter"),
     "reward.on_error": ("report", "raise"),
     "algorithm.rollout_correction.rollout_is": (None, "token", "sequence"),
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
@@ -27,6 +30,8 @@ def check(c: Config) -> None:
         if value not in choices:
             raise ValueError(f"{key} is {value!r} and must be one of {', '.join(map(str, choices))}")
     _check_positive(c)
+    if c.rollout.engine == "vllm":
+        _check_vllm(c)
     if c.data.train_batch_size % c.actor.ppo_mini_batch_size:
         raise ValueError(
             f"actor.ppo_mini_batch_size {c.actor.ppo_mini_batch_size} must divide data.train_batch_size "
@@ -68,6 +73,28 @@ def check(c: Config) -> None:
         raise ValueError(f"model.lora_alpha {c.model.lora_alpha} must be above 0")
 
 
+def _check_vllm(c: Config) -> None:
+    v = c.rollout.vllm
+    if (v.python is None) == (not v.urls):
+        raise ValueError(
+            "rollout.engine vllm needs either rollout.vllm.python, the environment that `scripts/setup_vllm.sh DIR` "
+            "makes, or rollout.vllm.urls, servers that scripts/serve_vllm.py started"
+        )
+    if v.devices and len(v.devices) != v.num_servers:
+        raise ValueError(
+            f"rollout.vllm.devices names the devices of {len(v.devices)} servers, and rollout.vllm.num_servers is "
+            f"{v.num_servers}: name those of each"
+        )
+    if (v.transport == "file") != (v.file_dir is not None):
+        raise ValueError("rollout.vllm.transport file and rollout.vllm.file_dir belong together: set both or neither")
+    if v.publish == "adapter" and not c.model.lora_rank:
+        raise ValueError("rollout.vllm.publish adapter needs adapters: set model.lora_rank, or publish merged")
+    if not 0 < v.gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"rollout.vllm.gpu_memory_utilization {v.gpu_memory_utilization} is a share: above 0, at most 1"
+        )
+
+
 def _check_positive(c: Config) -> None:
     numbers = {
         "data.max_prompt_length": c.data.max_prompt_length,
@@ -75,6 +102,11 @@ def _check_positive(c: Config) -> None:
         "data.train_batch_size": c.data.train_batch_size,
         "rollout.n": c.rollout.n,
         "rollout.max_num_seqs": c.rollout.max_num_seqs,
+        "rollout.vllm.num_servers": c.rollout.vllm.num_servers,
+        "rollout.vllm.probe_tolerance": c.rollout.vllm.probe_tolerance,
+        "rollout.vllm.start_timeout_s": c.rollout.vllm.start_timeout_s,
+        "rollout.vllm.load_timeout_s": c.rollout.vllm.load_timeout_s,
+        "rollout.vllm.stall_timeout_s": c.rollout.vllm.stall_timeout_s,
         "rollout.val_kwargs.n": c.rollout.val_kwargs.n,
         "rollout.temperature": c.rollout.temperature,
         "actor.ppo_epochs": c.actor.ppo_epochs,

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from .load import to_dict
 from .settings import Config
 
-# What a run may change when it goes on: none of it changes the course of the steps by more than rounding (but a schedule
-# that falls over the run follows its new length).
+# What a run may change when it goes on, and all of rollout.vllm: none of it changes the course of the steps by more than
+# rounding (but a schedule that falls over the run follows its new length).
 MAY_CHANGE = {
     "model.remat", "model.attention", "actor.ppo_max_token_len_per_gpu", "critic.ppo_max_token_len_per_gpu",
     "trainer.row_length", "trainer.share_prompt",
@@ -29,7 +29,7 @@ def differences(c: Config, saved: Path) -> list[str]:
     return [
         f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
         for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and key not in MAY_CHANGE
+        if theirs.get(key) != ours.get(key) and key not in MAY_CHANGE and not key.startswith("rollout.vllm.")
     ]
 
 

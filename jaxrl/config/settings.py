@@ -57,14 +57,37 @@ class ValKwargs:
 
 
 @dataclass(frozen=True)
+class VllmSection:
+    """The sidecar: servers that are started here (`python`), or that somebody else started (`urls`)."""
+
+    python: str | None = None  # of the environment that scripts/setup_vllm.sh made
+    urls: tuple[str, ...] = ()  # of servers from scripts/serve_vllm.py; their key is in the variable VLLM_API_KEY
+    num_servers: int = 1  # that are started here
+    devices: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES of each of them
+    dtype: str = "auto"  # of the weights in vLLM: float32 on a CPU, else bfloat16
+    gpu_memory_utilization: float = 0.5  # the trainer wants some of it too
+    transport: str = "auto"  # how weights travel: shm (same host), file (a shared disk), http; auto: shm, else http
+    file_dir: str | None = None  # of transport file
+    publish: str = "merged"  # with adapters: merged into the model, or adapter: alone, to a vLLM that holds the base
+    probe_tolerance: float | None = None  # mean gap of a fixed prompt's logprobs; None: 1e-3 in float32, else 0.15
+    start_timeout_s: float = 600.0
+    load_timeout_s: float = 300.0
+    stall_timeout_s: float = 120.0  # a server that gives no sign of life for so long is started again
+    max_restarts: int = 3  # of a server in a row, without a request answered in between
+    args: dict[str, Any] = field(default_factory=dict)  # more of vLLM's arguments, as {tensor_parallel_size: 2}
+    env: dict[str, str] = field(default_factory=dict)  # more of its environment
+
+
+@dataclass(frozen=True)
 class RolloutSection:
-    engine: str = "jax"
+    engine: str = "jax"  # or vllm
     n: int = 1  # responses a prompt
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     max_num_seqs: int = 1024  # sequences that decode together
     val_kwargs: ValKwargs = field(default_factory=ValKwargs)
+    vllm: VllmSection = field(default_factory=VllmSection)
 
 
 @dataclass(frozen=True)

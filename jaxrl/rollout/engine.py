@@ -46,7 +46,9 @@ class Sampling:
         if not all(isinstance(stop, int) and stop >= 0 for stop in self.stop_ids):
             raise ValueError(f"stop_ids {self.stop_ids}: token ids are whole numbers from 0 on")
         if self.max_tokens_each and not 1 <= min(self.max_tokens_each) <= max(self.max_tokens_each) <= self.max_tokens:
-            raise ValueError(f"max_tokens_each {self.max_tokens_each}: each lies between 1 and max_tokens {self.max_tokens}")
+            raise ValueError(
+                f"max_tokens_each {self.max_tokens_each}: each lies between 1 and max_tokens {self.max_tokens}"
+            )
         if len(self.guided) > 1:
             raise ValueError(f"guided {dict(self.guided)}: one grammar at a time, {', '.join(self.guided)} are several")
 

@@ -14,10 +14,11 @@ import math
 import os
 import re
 import select
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,10 @@ FAILURES = (
         "it has too little memory for the model and its KV cache: lower data.max_response_length or "
         "rollout.max_num_seqs, or give it more (rollout.vllm.gpu_memory_utilization, on a CPU the variable "
         "VLLM_CPU_KVCACHE_SPACE in rollout.vllm.env, in GiB)",
+    ),
+    (
+        r"Unsupported CPU attention configuration: head_dim=(\d+)",
+        "vLLM on a CPU has no attention for a head size of {0}: use engine jax",
     ),
     (r"unrecognized arguments: (.*)", "this vLLM does not know the argument {0}: see rollout.vllm.args"),
 )  # fmt: skip
@@ -175,6 +180,7 @@ def explain(log: str) -> str | None:
 GENERATE, RPC, SET_VERSION = "/inference/v1/generate", "/collective_rpc", "/update_weight_version"
 RESET_CACHE, LOAD_ADAPTER = "/reset_prefix_cache", "/v1/load_lora_adapter"
 INFO, UPLOAD, SEES = "/jaxrl/info", "/jaxrl/weights/", "/jaxrl/sees"  # those of `Gate`
+EXPORTS = "exports"  # the folder in a server's scratch folder that takes in uploads
 
 
 def generate_message(
@@ -267,11 +273,12 @@ class Gate:
         return await self.app(scope, receive, send)
 
     async def _take_in(self, name: str, receive: Any, send: Any) -> None:
-        """Write the body to a file, which takes its name when all of it is there. Those before it go."""
-        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
+        """Write the body to `v<N>/<file>`, which takes its name when all of it is there; other versions go."""
+        if not re.fullmatch(r"v\d+/\w+\.(safetensors|json)", name):
             return await _reply(send, 400, {"error": f"{name!r} is not a name for an export"})
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        partial, path = self.scratch / f"{name}.partial", self.scratch / name
+        path = self.scratch / EXPORTS / name
+        partial = path.with_suffix(".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
                 more = True
@@ -281,12 +288,12 @@ class Gate:
                         return  # the sender is gone
                     file.write(event.get("body", b""))
                     more = event.get("more_body", False)
-            for old in self.scratch.iterdir():
-                if old not in (partial, path) and old.suffix == path.suffix:
-                    old.unlink()
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+        for other in (self.scratch / EXPORTS).iterdir():
+            if other != path.parent:
+                shutil.rmtree(other, ignore_errors=True)
         await _reply(send, 200, {"path": str(path)})
 
 

@@ -50,13 +50,13 @@ class Client:
 
     async def info(self) -> dict[str, Any]:
         """Version of vLLM, device, dtype and model of the server."""
-        return await self._send("GET", INFO, what="the first answer")
+        return await self._send("GET", INFO, what="the first answer", timeout_s=5.0)
 
     async def sees(self, path: str) -> bool:
         return (await self._send("GET", f"{SEES}?{path}", what="a look at a file"))["sees"]
 
     async def ping(self) -> None:
-        await self._rpc("jaxrl_ping", what="a sign of life")
+        await self._rpc("jaxrl_ping", what="a sign of life", timeout_s=None)
 
     async def generate(
         self, token_ids: Sequence[int], sampling: Sampling, *, n: int, max_tokens: int, seed: int, adapter: bool
@@ -120,11 +120,11 @@ class Client:
     ) -> dict[str, Any]:  # fmt: skip
         """`timeout_s` 0: that of this client."""
         seconds = self.timeout_s if timeout_s == 0 else timeout_s
-        timeout = httpx.Timeout(seconds, connect=self.timeout_s, pool=None)
+        timeout = httpx.Timeout(seconds, connect=10.0, pool=None)
         try:
             reply = await self._http.request(method, route, json=message, content=content, timeout=timeout)
         except httpx.TimeoutException:
-            raise ServerLost(f"it was waited for {seconds or self.timeout_s:.0f} s for {what} in vain") from None
+            raise ServerLost(f"it was waited for {seconds or 10:.0f} s for {what} in vain") from None
         except httpx.HTTPError as error:
             raise ServerLost(f"the connection broke while it was asked for {what} ({error!r})") from None
         if reply.status_code == 401:

@@ -21,7 +21,9 @@ from .vllm_adapter import ServerSpec, explain
 from .vllm_server import LOG, PATIENCE_S, PORT_IN_USE, STATE, unlink
 
 PACKAGE_ROOT = Path(__file__).parents[2]
-_SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # of a server: sockets, and exports that come over HTTP
+_SCRATCH = (
+    "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+)  # of a server: sockets, and exports that come over HTTP
 
 
 class ServerProcess:
@@ -32,6 +34,7 @@ class ServerProcess:
         self.folder = Path(spec.folder)
         self.port = spec.port
         self._scratch = ""
+        self._log_start = 0
         self._watchdog: subprocess.Popen | None = None
 
     @property
@@ -60,7 +63,8 @@ class ServerProcess:
         self._scratch = tempfile.mkdtemp(prefix="jaxrl-vllm-", dir=_SCRATCH)
         spec = dataclasses.replace(self._spec, port=self.port, scratch=self._scratch)
         env = os.environ | {"VLLM_API_KEY": self._api_key, "PYTHONPATH": str(PACKAGE_ROOT), "TMPDIR": self._scratch}
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
+            self._log_start = log.tell()  # that of the starts before is kept
             self._watchdog = subprocess.Popen(
                 [self.python, "-m", "jaxrl.rollout.vllm_server", json.dumps(dataclasses.asdict(spec))],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=env,
@@ -73,8 +77,11 @@ class ServerProcess:
         code = self._watchdog.poll()
         if code is None:
             return None
-        reason = explain(self.tail(20_000))
-        return f"{reason or f'it ended (exit code {code})'}; its log is {self.log}"
+        return f"{self.explained() or f'it ended (exit code {code})'}; its log is {self.log}"
+
+    def explained(self) -> str | None:
+        """What its log says went wrong, in a sentence, if that is known."""
+        return explain(self.tail(50_000))
 
     def port_was_taken(self) -> bool:
         return self._watchdog is not None and self._watchdog.poll() == PORT_IN_USE
@@ -83,7 +90,7 @@ class ServerProcess:
         if not self.log.exists():
             return ""
         with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - num_bytes))
+            file.seek(max(self._log_start, self.log.stat().st_size - num_bytes))
             return file.read().decode(errors="replace")
 
     def end(self) -> None:

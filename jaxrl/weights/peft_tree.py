@@ -130,7 +130,7 @@ def export_peft(
     if jax.process_index() == 0:
         with new_folder(out_dir, overwrite=overwrite) as folder:
             if like is None:
-                write_json(folder / CONFIG_FILE, _fresh_config(config, base))
+                write_adapter_config(folder, config, base)
             else:
                 shutil.copyfile(like.folder / CONFIG_FILE, folder / CONFIG_FILE)
             write_adapter(folder, tensors, source=f"trained from {base}")
@@ -148,6 +148,11 @@ def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], *, source: st
     stream = manifest.recorded((name, tensors[name]) for name in names)
     write_safetensors(folder / "adapter_model.safetensors", specs, stream)
     manifest.write(folder)
+
+
+def write_adapter_config(folder: Path, config: ModelConfig, base: str) -> None:
+    """`adapter_config.json` of this model's adapters, on the model `base`."""
+    write_json(folder / CONFIG_FILE, _fresh_config(config, base))
 
 
 def _adapted(config: ModelConfig) -> list[Row]:

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from ..models.config import ModelConfig
-from ..rollout.protocol import Manifest, Tensor, encode_header
-from .export import hf_tensors
+from ..rollout.protocol import LAYOUT_FILE, Manifest, Tensor, encode_header
+from .bnb import dequantized_config
+from .export import config_for_head, hf_tensors
+from .folder import both_spellings, copy_companions, load_hf_config, write_json
 from .hf_names import axis_sizes, in_order
 from .peft_tree import lora_rows, peft_tensors
 from .safetensors_writer import dtype_named
@@ -50,7 +51,7 @@ class Export:
         yield memoryview(encode_header(m.run, m.version, m.tensors))
         for announced, (name, array) in zip(m.tensors, self._stream(), strict=True):
             assert (name, array.shape, array.dtype) == (announced.name, announced.shape, self.dtype), name
-            data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             done.append(Tensor(name, announced.shape, announced.dtype, zlib.crc32(data)))
             for start in range(0, len(data), PIECE):
                 yield data[start : start + PIECE]
@@ -132,5 +133,11 @@ class SharedFolder:
         self._guard.wait()
 
 
-def is_first_process() -> bool:
-    return jax.process_index() == 0
+def served_folder(config: ModelConfig, source: Path, folder: Path) -> Path:
+    """A Hugging Face folder without weights, for a server that gets them from us: config, tokenizer, and the layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_companions(source, folder)
+    hf_config = config_for_head(dequantized_config(load_hf_config(source)), config, "lm")
+    write_json(folder / "config.json", both_spellings(hf_config, config.compute_dtype))
+    write_json(folder / LAYOUT_FILE, {name: list(shape) for name, shape in model_shapes(config).items()})
+    return folder

@@ -1,0 +1,247 @@
+"""The engine that is a vLLM sidecar: servers in processes of their own, which answer with the weights we publish.
+
+Here is the trainer's side of it in three verbs. `weights/sync.py` turns weights into bytes, `vllm_pool.py` keeps the
+servers, on an event loop in a thread of its own. On several hosts the first process talks to the servers, and the
+others are given what it got.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import pickle
+import secrets
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ..batch import Prompt, Rollout
+from ..config import VllmSection
+from ..models.config import ModelConfig
+from ..models.decoder import head_table, hidden_states
+from ..models.logprobs import target_logprobs
+from ..parallel import fetch, num_row_shards, put_rows, use_mesh
+from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
+from .engine import Report, Sampling, check_prompt
+from .vllm_adapter import ServerSpec
+from .vllm_pool import LOADING, SERVING, Job, Pool, Server
+from .vllm_process import ServerProcess
+from .vllm_publication import Publication
+
+Tree = Any
+T = TypeVar("T")
+PROBE_TOKENS, PROBE_COLUMNS = 32, 128  # columns: what every attention kernel can take
+
+
+class VllmEngine:
+    """`source` is the Hugging Face folder that training began from, `folder` where logs and the like of servers lie."""
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, settings: VllmSection, *,
+        source: Path, folder: Path, max_model_len: int, max_num_seqs: int,
+    ):  # fmt: skip
+        self.config, self.mesh, self.settings, self.source = config, mesh, settings, source
+        self.max_model_len = max_model_len
+        self.run = secrets.token_hex(6)
+        self.version = -1
+        self._is_first = jax.process_index() == 0
+        self._publication: Publication | None = None
+        self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
+        num = min(PROBE_TOKENS, max_model_len - 1)
+        self.probe_ids = np.random.default_rng(0).integers(0, config.vocab_size, num).tolist()
+        if not self._is_first:
+            return
+        self._shared: SharedFolder | None = None
+        model = source if settings.publish == "adapter" else served_folder(config, source, folder / "model")
+        servers = self._servers(model, folder, max_num_seqs)
+        self.pool = Pool(servers, settings, max_num_seqs=max_num_seqs)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm")
+        self._thread.start()
+        self._call(self.pool.open())  # they start while the trainer goes on
+
+    def _servers(self, model: Path, folder: Path, max_num_seqs: int) -> list[Server]:
+        v = self.settings
+        if v.urls:
+            key = os.environ.get("VLLM_API_KEY", "")
+            return [Server(f"server {url}", key, url, None) for url in v.urls]
+        servers = []
+        for i in range(v.num_servers):
+            key = secrets.token_urlsafe(24)
+            visible = {"CUDA_VISIBLE_DEVICES": v.devices[i]} if v.devices else {}
+            spec = ServerSpec(
+                model=str(model.resolve()), host="127.0.0.1", port=0, folder=str((folder / f"server_{i}").resolve()),
+                dtype=v.dtype, max_model_len=self.max_model_len, max_num_seqs=max_num_seqs,
+                gpu_memory_utilization=v.gpu_memory_utilization, args=dict(v.args), env={**v.env, **visible},
+                lora_rank=self.config.lora_rank if v.publish == "adapter" else 0,
+            )  # fmt: skip
+            assert v.python is not None
+            servers.append(Server(f"server {i}", key, None, ServerProcess(v.python, spec, key)))
+        return servers
+
+    # The engine's three verbs.
+
+    def update_weights(self, variables: Tree, version: int) -> None:
+        """Publish these weights as `version`: every server that serves has them when this returns.
+
+        Raises Refused where a server does not take them (it goes on with those before), RuntimeError where no server is
+        left.
+        """
+        info = self._on_first(lambda: self._call(self.pool.ready()))
+        if self.settings.publish == "adapter":
+            make = partial(adapter_export, self.run, version, variables, self.config)
+        else:
+            make = partial(model_export, self.run, version, variables, self.config, info["dtype"])
+        probe_logprobs = self._probe(variables)
+        if not self._is_first:
+            for _ in make().pieces():  # takes part in the gathering
+                pass
+        self._on_first(lambda: self._publish(make, probe_logprobs))
+        self.version = version
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, report: Report | None = None
+    ) -> list[Rollout]:
+        limits = sampling.max_tokens_each or (sampling.max_tokens,) * len(prompts)
+        for prompt, limit in zip(prompts, limits, strict=True):
+            check_prompt(prompt, limit, context=self.max_model_len, vocab_size=self.config.vocab_size)
+        return self._on_first(lambda: self._generate(prompts, sampling, limits, seed, report))
+
+    def close(self) -> None:
+        if not self._is_first or self._loop.is_closed():
+            return
+        self._call(self.pool.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        if self._shared is not None:
+            self._shared.close()
+
+    # What they are made of.
+
+    def _publish(self, make: Callable[[], Export], probe_logprobs: list[float]) -> None:
+        before = self._publication
+        transports = self._call(self._transports())
+        adapter_of = str(self.source) if self.settings.publish == "adapter" else None
+        publication = Publication(
+            make, self.probe_ids, probe_logprobs, self._loop, self.config, adapter_of=adapter_of,
+            transports=self._transport, timeout_s=self.settings.load_timeout_s,
+        )  # fmt: skip
+        try:
+            folders = {name: self._parent(name) for name in set(transports.values()) - {"http"}}
+            publication.send([server for server, name in transports.items() if name == "http"], folders)
+            self._call(self.pool.install(publication))
+        except BaseException:
+            publication.forget()
+            raise
+        self._publication = publication
+        if before is not None:
+            before.forget()
+
+    async def _transports(self) -> dict[Server, str]:
+        """How weights get to the servers that have them or wait for them."""
+        ready = [server for server in self.pool.servers if server.state in (SERVING, LOADING)]
+        return {server: await self._transport(server) for server in ready}
+
+    async def _transport(self, server: Server) -> str:
+        """As set, else shared memory where the server sees ours, else HTTP."""
+        if self.settings.transport != "auto":
+            return self.settings.transport
+        if server.process is not None:
+            return "shm"
+        assert server.client is not None
+        return "shm" if await server.client.sees(str(self._parent("shm"))) else "http"
+
+    def _parent(self, transport: str) -> Path:
+        """The folder in which versions lie as folders."""
+        if transport == "shm":
+            if self._shared is None:
+                self._shared = SharedFolder()
+            return self._shared.path
+        assert self.settings.file_dir is not None
+        return Path(self.settings.file_dir) / f"jaxrl-{self.run}"
+
+    def _generate(self, prompts, sampling: Sampling, limits: Sequence[int], seed: int, report) -> list[Rollout]:
+        jobs = []
+        most = min(sampling.n, self.pool.max_num_seqs)
+        for p, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            first = _seed(seed, p)
+            for start in range(0, sampling.n, most):  # vLLM counts the seeds of a request's responses up
+                n = min(most, sampling.n - start)
+                jobs.append(Job(p, prompt.token_ids, n, limit, first + start))
+        rollouts = []
+        for job, answers, label in self._call(self.pool.answer(jobs, sampling, report)):
+            run, _, version = label.rpartition(":")
+            assert run == self.run, label
+            for a in answers:
+                ids, logprobs = np.asarray(a.token_ids, np.int32), np.asarray(a.logprobs, np.float32)
+                rollouts.append(Rollout(job.prompt, ids, logprobs, a.finished, int(version)))
+        assert len(rollouts) == len(prompts) * sampling.n
+        return rollouts
+
+    def _probe(self, variables: Tree) -> list[float]:
+        """The trainer's logprobs of the fixed prompt's tokens, after the first."""
+        ids = np.zeros((num_row_shards(self.mesh), PROBE_COLUMNS), np.int32)
+        ids[:, : len(self.probe_ids)] = self.probe_ids
+        with use_mesh(self.mesh):
+            logprobs = self._probe_logprobs(variables, put_rows(self.mesh, ids), np.int32(len(self.probe_ids)))
+        return fetch(logprobs)[0, : len(self.probe_ids) - 1].tolist()
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run on the event loop of the servers, and wait for it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _on_first(self, work: Callable[[], T]) -> T:
+        """Do it in the first process; all get its result, or its error."""
+        if jax.process_count() == 1:
+            return work()
+        result: Any = None
+        if self._is_first:
+            try:
+                result = True, work()
+            except Exception as error:  # the others must hear of it, or they would wait for ever
+                result = False, error
+        succeeded, value = _broadcast(result)
+        if not succeeded:
+            raise value
+        return value
+
+
+def _probe_logprobs(config: ModelConfig, variables: Tree, tokens: jax.Array, length: jax.Array) -> jax.Array:
+    """[rows, columns - 1] logprobs of the tokens after the first, of one sequence a row, padded on the right."""
+    rows, columns = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(columns), (rows, columns))
+    segments = (positions < length).astype(jnp.int32)
+    hidden = hidden_states(config, variables, tokens, positions, segments, segments)
+    table = head_table(config, variables["params"])
+    return target_logprobs(hidden, table, positions[:, :-1], tokens[:, 1:], length - 1)[0]
+
+
+def _seed(seed: int, prompt: int) -> int:
+    """A seed for each prompt of each call, far from those of the others."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:7])
+
+
+def _broadcast(value: Any) -> Any:
+    """What the first process has, to all of them."""
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int64(len(data))))
+    padded = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        padded[:] = data
+    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())

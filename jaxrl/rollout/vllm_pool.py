@@ -1,0 +1,389 @@
+"""The servers of a run, on one event loop: who has which weights, who gets the next request, and what is done about one
+that fails.
+
+A server is STARTING (until it has the current weights), LOADING (it answers what it was asked, and gets no more),
+SERVING, or DEAD (given up). It is lost when its process ends, a request breaks, an answer makes no sense, or it gives
+no sign of life; it is then started again with the weights of now, and what it had not answered is asked anew, so that
+every prompt is answered once. A server that fails `max_restarts` times in a row is dropped; when none is left the run
+ends, with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from ..config import VllmSection
+from .engine import Report, Sampling
+from .protocol import Manifest, Refused
+from .vllm_adapter import Answer, untried
+from .vllm_client import Client, ServerLost
+from .vllm_process import ServerProcess
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+STARTING, LOADING, SERVING, DEAD = "starting", "loading", "serving", "dead"
+POLL_S = 0.25
+OVERBOOKED = 2  # sequences that wait at a server for each that it decodes, so that none of its places stays empty
+
+
+class Publication(Protocol):
+    """One version of the weights, as the pool brings it to servers."""
+
+    manifest: Manifest
+    probe_ids: list[int]
+    probe_logprobs: list[float]  # of the trainer, for the tokens after the first
+    is_adapter: bool
+
+    async def place(self, server: Server) -> str:
+        """Bring the export to where the server can read it; its path there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt, and which responses to it are wanted."""
+
+    prompt: int
+    token_ids: Sequence[int]
+    n: int
+    max_tokens: int
+    seed: int
+
+
+@dataclass(eq=False)
+class Server:
+    name: str
+    key: str
+    url: str | None  # None: it is started here
+    process: ServerProcess | None
+    client: Client | None = None
+    state: str = STARTING
+    label: str | None = None  # of the weights that it has
+    content: str | None = None  # their digest
+    live_digest: str | None = None  # what the server computed of its live parameters
+    info: dict[str, Any] = field(default_factory=dict)
+    in_flight: int = 0  # sequences
+    failures: int = 0  # in a row
+    has_started: bool = False
+    reason: str = ""  # of the last loss
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set when it is lost; a new one for each start
+
+    def __str__(self) -> str:
+        return f"vLLM {self.name}"
+
+
+class Pool:
+    def __init__(self, servers: list[Server], settings: VllmSection, *, max_num_seqs: int):
+        self.servers, self.settings = servers, settings
+        self.max_num_seqs = max_num_seqs
+        self.current: Publication | None = None
+        self.restarts = 0
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task] = set()
+
+    # Life and death.
+
+    async def open(self) -> None:
+        for server in self.servers:
+            self._spawn(self._bring_up(server))
+            self._spawn(self._watch(server))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(self._end(server) for server in self.servers))
+
+    async def ready(self) -> dict[str, Any]:
+        """What the first server that has started says of itself."""
+        await self._until(lambda: any(server.info for server in self.servers))
+        return next(server.info for server in self.servers if server.info)
+
+    async def _end(self, server: Server) -> None:
+        if server.client is not None:
+            await server.client.close()
+        if server.process is not None:
+            await asyncio.to_thread(server.process.end)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _set(self, server: Server, state: str) -> None:
+        async with self._changed:
+            server.state = state
+            self._changed.notify_all()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Waits for a change after which `condition` holds; every state has a time limit of its own."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: condition() or all(s.state == DEAD for s in self.servers))
+        if not condition():
+            raise RuntimeError("; ".join(f"{server}: {server.reason}" for server in self.servers))
+
+    async def _lost(self, server: Server, gone: asyncio.Event, reason: str) -> None:
+        """Start a server again, once for all who saw it fail. `gone` tells of which start they speak."""
+        if gone is not server.gone or gone.is_set():
+            return
+        log.warning("%s: %s; it is started again", server, reason)
+        server.reason, server.label, server.content = reason, None, None
+        gone.set()
+        await self._set(server, STARTING)
+        self._spawn(self._bring_up(server, failed=True))
+
+    async def _bring_up(self, server: Server, *, failed: bool = False) -> None:
+        """Start, and load the weights of now; again and again, up to the limit."""
+        while True:
+            if failed:
+                server.failures += 1
+                if server.failures > self.settings.max_restarts or not server.has_started:
+                    break
+                self.restarts += 1
+            server.gone = asyncio.Event()
+            try:
+                await self._start(server)
+                while self.current is not None and server.label != self.current.manifest.label:
+                    await self._load(server, self.current)
+                await self._set(server, SERVING)
+                return
+            except ServerLost as lost:
+                failed = True
+                server.reason, server.label, server.content = str(lost), None, None
+                log.warning("%s: %s", server, lost)
+            except ValueError as error:  # what another start will not mend
+                server.reason = str(error)
+                break
+        if server.process is not None and (why := server.process.explained()) and why not in server.reason:
+            server.reason += f" ({why})"
+        await self._end(server)
+        if any(other is not server and other.state != DEAD for other in self.servers):
+            log.warning("%s is given up, the others go on: %s", server, server.reason)
+        server.gone.set()
+        await self._set(server, DEAD)
+
+    async def _start(self, server: Server) -> None:
+        """Until it answers for the first time."""
+        await self._end(server)
+        if server.process is not None:
+            await asyncio.to_thread(server.process.start)
+        url = server.process.url if server.process is not None else server.url
+        assert url is not None
+        server.client = Client(url, server.key, timeout_s=self.settings.stall_timeout_s)
+        deadline = asyncio.get_running_loop().time() + self.settings.start_timeout_s
+        while True:
+            try:
+                server.info = await server.client.info()
+                break
+            except ServerLost as lost:
+                ended = server.process.ended() if server.process is not None else None
+                if ended is not None and server.process is not None and server.process.port_was_taken():
+                    await asyncio.to_thread(server.process.start)  # another one was quicker: with another port
+                    await server.client.close()
+                    server.client = Client(server.process.url, server.key, timeout_s=self.settings.stall_timeout_s)
+                elif ended is not None:
+                    raise ServerLost(f"it did not start: {ended}") from None
+                elif asyncio.get_running_loop().time() > deadline:
+                    where = f"its log is {server.process.log}" if server.process is not None else f"it is {url}"
+                    raise ServerLost(
+                        f"it was waited for {self.settings.start_timeout_s:.0f} s (rollout.vllm.start_timeout_s) to "
+                        f"start, and {lost}; {where}"
+                    ) from None
+                await asyncio.sleep(POLL_S)
+        server.has_started = True
+        if warning := untried(server.info["vllm"]):
+            log.warning("%s: %s", server, warning)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _watch(self, server: Server) -> None:
+        """Notices a process that has ended, and a server that stands still."""
+        pause = min(5.0, self.settings.stall_timeout_s / 4)
+        while True:
+            await asyncio.sleep(POLL_S)
+            gone = server.gone
+            if server.state == SERVING and server.process is not None and (ended := server.process.ended()):
+                await self._lost(server, gone, ended)
+            elif server.state == SERVING and server.client is not None:
+                try:
+                    await asyncio.wait_for(self._or_gone(server, server.client.ping()), self.settings.stall_timeout_s)
+                    await asyncio.sleep(pause - POLL_S)
+                except TimeoutError:
+                    seconds = self.settings.stall_timeout_s
+                    await self._lost(server, gone, f"it gave no sign of life for {seconds:.0f} s")
+                except (ServerLost, ValueError) as lost:
+                    await self._lost(server, gone, str(lost))
+
+    async def _or_gone(self, server: Server, work: Awaitable[T]) -> T:
+        """What `work` returns, unless the server is lost before."""
+        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(server.gone.wait())
+        try:
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise ServerLost(server.reason)
+        finally:
+            for pending in (task, gone):
+                pending.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    # Weights.
+
+    async def install(self, publication: Publication) -> None:
+        """Every server that serves has these weights when this returns; those that start take them by themselves.
+
+        Raises Refused where a server does not take them; the weights before go on answering.
+        """
+        before, self.current = self.current, publication
+        for server in self.servers:
+            if server.state == DEAD and server.process is None:  # whoever started it may have started it again
+                server.failures = 0
+                await self._set(server, STARTING)
+                self._spawn(self._bring_up(server))
+        serving = [server for server in self.servers if server.state == SERVING]
+        one_by_one = any(server.in_flight for server in serving)  # the others go on answering
+        results: list[BaseException | None] = []
+        for part in [[server] for server in serving] if one_by_one else [serving]:
+            results += await asyncio.gather(*(self._replace(server) for server in part), return_exceptions=True)
+        for error in results:
+            if isinstance(error, Refused):
+                self.current = before
+            if error is not None:
+                raise error
+        label = publication.manifest.label
+        await self._until(lambda: any(s.state == SERVING and s.label == label for s in self.servers))
+
+    async def _replace(self, server: Server) -> None:
+        gone = server.gone
+        await self._set(server, LOADING)
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: server.in_flight == 0 or gone.is_set())
+            assert self.current is not None
+            await self._load(server, self.current)
+            await self._set(server, SERVING)
+        except ServerLost as lost:
+            await self._lost(server, gone, str(lost))
+        except Refused:
+            await self._set(server, SERVING)
+            raise
+
+    async def _load(self, server: Server, publication: Publication) -> None:
+        """Load, name the version, forget the prefixes, and look whether it answers with these weights."""
+        client, manifest = server.client, publication.manifest
+        assert client is not None
+        timeout_s = self.settings.load_timeout_s
+        if server.content != manifest.digest:  # else only the version is another: the weights have not changed
+            path = await publication.place(server)
+            server.label = server.content = None
+            if publication.is_adapter:
+                await client.load_adapter(path, manifest, timeout_s=timeout_s)
+            else:
+                answer = await client.load(path, manifest, timeout_s=timeout_s)
+                log.info("%s has version %d: %s", server, manifest.version, answer)
+                if answer["digest_bytes"] and answer["digest"] == server.live_digest:
+                    raise ServerLost(f"version {manifest.version} of the weights left its parameters as they were")
+                server.live_digest = answer["digest"]
+        await client.set_version(manifest.label)
+        await client.reset_cache()
+        await self._probe(server, publication)
+        server.label, server.content = manifest.label, manifest.digest
+        server.failures = 0
+
+    async def _probe(self, server: Server, publication: Publication) -> None:
+        """A fixed prompt's logprobs, against the trainer's: the one proof that holds whatever a server keeps where."""
+        assert server.client is not None
+        manifest = publication.manifest
+        logprobs, labels = await server.client.probe(publication.probe_ids, adapter=publication.is_adapter)
+        if labels != {manifest.label}:
+            raise ServerLost(f"it names its weights {sorted(labels)} after loading {manifest.label}")
+        gaps = [abs(a - b) for a, b in zip(logprobs, publication.probe_logprobs, strict=True)]
+        gap, bound = sum(gaps) / len(gaps), self._tolerance(server)
+        if not gap <= bound:
+            raise ServerLost(
+                f"after loading version {manifest.version} it does not answer with these weights: a fixed prompt's "
+                f"logprobs are {gap:.2g} from the trainer's in the mean, and rollout.vllm.probe_tolerance is {bound:g}"
+            )
+
+    def _tolerance(self, server: Server) -> float:
+        if self.settings.probe_tolerance is not None:
+            return self.settings.probe_tolerance
+        return 1e-3 if server.info["dtype"] == "float32" else 0.15
+
+    # Requests.
+
+    async def answer(
+        self, jobs: Sequence[Job], sampling: Sampling, report: Report | None
+    ) -> list[tuple[Job, list[Answer], str]]:
+        """The answers to every job, in order, with the label of the weights that gave them."""
+        waiting = deque(range(len(jobs)))
+        results: list[tuple[Job, list[Answer], str] | None] = [None] * len(jobs)
+        finished = tokens = 0
+
+        async def work() -> None:
+            nonlocal finished, tokens
+            while waiting:
+                number = waiting.popleft()
+                answers, label = await self._ask(jobs[number], sampling)
+                results[number] = jobs[number], answers, label
+                finished += len(answers)
+                tokens += sum(len(answer.token_ids) for answer in answers)
+                if report is not None:
+                    report(finished, tokens)
+
+        places = sum(max(1, self._places // jobs[0].n) for _ in self.servers)
+        workers = [asyncio.ensure_future(work()) for _ in range(min(len(jobs), places))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return [result for result in results if result is not None]
+
+    @property
+    def _places(self) -> int:
+        return OVERBOOKED * self.max_num_seqs
+
+    async def _ask(self, job: Job, sampling: Sampling) -> tuple[list[Answer], str]:
+        """Answers of one server and one version, whatever number of servers fail on the way."""
+        while True:
+            server = await self._pick(job.n)
+            gone, label = server.gone, server.label
+            assert server.client is not None and label is not None and self.current is not None
+            try:
+                answers = await self._or_gone(server, server.client.generate(
+                    job.token_ids, sampling, n=job.n, max_tokens=job.max_tokens, seed=job.seed,
+                    adapter=self.current.is_adapter,
+                ))  # fmt: skip
+                if wrong := [answer.labels for answer in answers if answer.labels != {label}]:
+                    raise ServerLost(f"it answered with the weights {sorted(wrong[0])} where it has {label}")
+                server.failures = 0
+                return answers, label
+            except ServerLost as lost:
+                await self._lost(server, gone, str(lost))
+            finally:
+                async with self._changed:
+                    server.in_flight -= job.n
+                    self._changed.notify_all()
+
+    async def _pick(self, n: int) -> Server:
+        """The server with the fewest sequences, among those that serve and have room."""
+
+        def open_ones() -> list[Server]:
+            return [
+                s for s in self.servers
+                if s.state == SERVING and s.label and (not s.in_flight or s.in_flight + n <= self._places)
+            ]  # fmt: skip
+
+        while not (ready := open_ones()):
+            await self._until(lambda: bool(open_ones()))
+        server = min(ready, key=lambda s: s.in_flight)
+        server.in_flight += n
+        return server
