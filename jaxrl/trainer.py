@@ -10,6 +10,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from .progress import Progress, plot_rewards
 from .reward_model import RewardModel
 from .rewards import Sample, Score, make_scorer
 from .roles import Roles, model_config, policy_loss
-from .rollout.engine import Sampling
+from .rollout.engine import Engine, Sampling
 from .rollout.jax_engine import JaxEngine
+from .rollout.vllm_engine import VllmEngine
 from .sources import load_rows
 from .weights.pretrained import open_pretrained
 
@@ -69,9 +71,9 @@ class Trainer:
             c, self.mesh, self.source, steps=self.steps, needs_critic=self.needs_critic, resumed=self.start is not None
         )
         self.learner = Learner(c, self.roles)
-        self.engine = JaxEngine(self.roles.model, self.mesh, max_num_seqs=c.rollout.max_num_seqs)
         if self.start is not None:
             self._restore(*self.start)
+        self.engine = self._make_engine()
 
     # What is made at the start.
 
@@ -148,6 +150,15 @@ class Trainer:
             on_error=r.on_error, timeout_s=r.timeout_s, started=started,
         )  # fmt: skip
 
+    def _make_engine(self) -> Engine:
+        c, model = self.config, self.roles.model
+        if c.rollout.engine == "jax":
+            return JaxEngine(model, self.mesh, max_num_seqs=c.rollout.max_num_seqs)
+        return VllmEngine(
+            model, self.mesh, c.rollout.vllm, source=self.source, folder=self.folder / "vllm",
+            max_model_len=c.data.max_prompt_length + c.data.max_response_length, max_num_seqs=c.rollout.max_num_seqs,
+        )  # fmt: skip
+
     # Checkpoints: all that the steps after this one depend on.
 
     def _save(self, step: int) -> None:
@@ -175,7 +186,8 @@ class Trainer:
                   c.trainer.total_epochs, self.steps, first + 1 if first else 0)  # fmt: skip
         values: dict[str, float] = {}
         shown = jax.process_index() == 0
-        with Progress(self.steps, completed=first, shown=shown) as progress, self.scorer:
+        # The engine ends before the export, which makes a copy where it merges adapters.
+        with closing(self.engine), Progress(self.steps, completed=first, shown=shown) as progress, self.scorer:
             metrics, samples = Metrics(run, c.trainer.logger, print_line=progress.print), Samples(run)
             self.engine.update_weights(self.roles.actor_variables(), first)
             if self.val is not None and c.trainer.val_before_train and first == 0:
@@ -190,7 +202,6 @@ class Trainer:
             self.checkpoints.wait()
             metrics.close()
             samples.close()
-        self.engine.close()
         self.roles.export(self.folder)
         if jax.process_index() == 0:
             print(f"Done: {self.folder / 'hf'} is the trained model.")

@@ -71,10 +71,10 @@ def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def model_export(run: str, version: int, variables: Tree, config: ModelConfig, dtype: str) -> Export:
     """The whole model; adapters are merged."""
-    params, lora = variables["params"], variables.get("lora")
+    lora, packed = variables.get("lora"), variables.get("packed")
 
     def stream() -> Iterator[tuple[str, np.ndarray]]:
-        return hf_tensors(params, config, lora=lora, dtype=dtype_named(dtype))
+        return hf_tensors(variables["params"], config, lora=lora, packed=packed, dtype=dtype_named(dtype))
 
     return Export(run, version, model_shapes(config), dtype, stream)
 
