@@ -29,6 +29,7 @@ from ..models.config import ModelConfig
 from ..models.decoder import head_table, hidden_states
 from ..models.logprobs import target_logprobs
 from ..parallel import fetch, num_row_shards, put_rows, use_mesh
+from ..weights.pretrained import Pretrained
 from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
 from .engine import Report, Sampling, check_prompt
 from .vllm_adapter import ServerSpec
@@ -42,11 +43,11 @@ PROBE_TOKENS, PROBE_COLUMNS = 32, 128  # columns: what every attention kernel ca
 
 
 class VllmEngine:
-    """`source` is the Hugging Face folder that training began from, `folder` where logs and the like of servers lie."""
+    """`source` is the model that training began from, `folder` where logs and the like of the servers lie."""
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, settings: VllmSection, *,
-        source: Path, folder: Path, max_model_len: int, max_num_seqs: int,
+        source: Pretrained, folder: Path, max_model_len: int, max_num_seqs: int,
     ):  # fmt: skip
         self.config, self.mesh, self.settings, self.source = config, mesh, settings, source
         self.max_model_len = max_model_len
@@ -60,7 +61,10 @@ class VllmEngine:
         if not self._is_first:
             return
         self._shared: SharedFolder | None = None
-        model = source if settings.publish == "adapter" else served_folder(config, source, folder / "model")
+        if settings.publish == "adapter":
+            model = source.base  # vLLM reads it by itself
+        else:
+            model = str(served_folder(config, source, folder / "model").resolve())
         servers = self._servers(model, folder, max_num_seqs)
         self.pool = Pool(servers, settings, max_num_seqs=max_num_seqs)
         self._loop = asyncio.new_event_loop()
@@ -68,7 +72,7 @@ class VllmEngine:
         self._thread.start()
         self._call(self.pool.open())  # they start while the trainer goes on
 
-    def _servers(self, model: Path, folder: Path, max_num_seqs: int) -> list[Server]:
+    def _servers(self, model: str, folder: Path, max_num_seqs: int) -> list[Server]:
         v = self.settings
         if v.urls:
             key = os.environ.get("VLLM_API_KEY", "")
@@ -78,7 +82,7 @@ class VllmEngine:
             key = secrets.token_urlsafe(24)
             visible = {"CUDA_VISIBLE_DEVICES": v.devices[i]} if v.devices else {}
             spec = ServerSpec(
-                model=str(model.resolve()), host="127.0.0.1", port=0, folder=str((folder / f"server_{i}").resolve()),
+                model=model, host="127.0.0.1", port=0, folder=str((folder / f"server_{i}").resolve()),
                 dtype=v.dtype, max_model_len=self.max_model_len, max_num_seqs=max_num_seqs,
                 gpu_memory_utilization=v.gpu_memory_utilization, args=dict(v.args), env={**v.env, **visible},
                 lora_rank=self.config.lora_rank if v.publish == "adapter" else 0,
@@ -130,7 +134,7 @@ class VllmEngine:
     def _publish(self, make: Callable[[], Export], probe_logprobs: list[float]) -> None:
         before = self._publication
         transports = self._call(self._transports())
-        adapter_of = str(self.source) if self.settings.publish == "adapter" else None
+        adapter_of = self.source.base if self.settings.publish == "adapter" else None
         publication = Publication(
             make, self.probe_ids, probe_logprobs, self._loop, self.config, adapter_of=adapter_of,
             transports=self._transport, timeout_s=self.settings.load_timeout_s,

@@ -39,7 +39,8 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        return f"http://{self._spec.host}:{self.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._spec.host, self._spec.host)
+        return f"http://{host}:{self.port}"
 
     @property
     def log(self) -> Path:

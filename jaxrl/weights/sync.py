@@ -19,11 +19,11 @@ import numpy as np
 
 from ..models.config import ModelConfig
 from ..rollout.protocol import LAYOUT_FILE, Manifest, Tensor, encode_header
-from .bnb import dequantized_config
 from .export import config_for_head, hf_tensors
-from .folder import both_spellings, copy_companions, load_hf_config, write_json
+from .folder import both_spellings, write_json
 from .hf_names import axis_sizes, in_order
 from .peft_tree import lora_rows, peft_tensors
+from .pretrained import Pretrained
 from .safetensors_writer import dtype_named
 
 Tree = Any
@@ -133,11 +133,11 @@ class SharedFolder:
         self._guard.wait()
 
 
-def served_folder(config: ModelConfig, source: Path, folder: Path) -> Path:
+def served_folder(config: ModelConfig, source: Pretrained, folder: Path) -> Path:
     """A Hugging Face folder without weights, for a server that gets them from us: config, tokenizer, and the layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    copy_companions(source, folder)
-    hf_config = config_for_head(dequantized_config(load_hf_config(source)), config, "lm")
+    source.write_companions(folder)
+    hf_config = config_for_head(source.hf_config, config, "lm")
     write_json(folder / "config.json", both_spellings(hf_config, config.compute_dtype))
     write_json(folder / LAYOUT_FILE, {name: list(shape) for name, shape in model_shapes(config).items()})
     return folder

@@ -1,0 +1,214 @@
+"""What needs no server: the export and its checks, what is said about failures, and shared memory that is not left."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.decoder import init_params
+from jaxrl.rollout.engine import Sampling
+from jaxrl.rollout.protocol import Manifest, Refused, check_export, read_layout
+from jaxrl.rollout.vllm_adapter import ServerSpec, command, explain, untried
+from jaxrl.rollout.vllm_process import ServerProcess
+from jaxrl.weights.export import hf_tensors
+from jaxrl.weights.folder import load_hf_config
+from jaxrl.weights.sync import FileSink, adapter_export, model_export, model_shapes
+
+MODEL = Path(__file__).parent / "data" / "hf_torch" / "llama32-tied"
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[ModelConfig, dict]:
+    """A model with adapters that change what it computes."""
+    config = dataclasses.replace(
+        ModelConfig.from_hf(load_hf_config(MODEL)), lora_rank=2, lora_targets=("q_proj", "o_proj")
+    )
+    variables = init_params(config, "lm", jax.random.key(0))
+    return config, {**variables, "lora": jax.tree.map(lambda x: x + 0.1, variables["lora"])}
+
+
+@pytest.fixture
+def export(model, tmp_path) -> tuple[Path, Manifest, dict]:
+    """An export on disk, what announces it, and the layout of the model that it is for."""
+    config, variables = model
+    export = model_export("run", 3, variables, config, "float32")
+    sink = FileSink(tmp_path / "v3" / "model.safetensors")
+    export.send([sink])
+    assert not sink.path.exists()  # until it is whole
+    sink.close()
+    return sink.path, export.manifest, {name: list(shape) for name, shape in model_shapes(config).items()}
+
+
+def test_an_export_is_the_model_with_its_adapters_merged_under_hugging_face_names(export, model):
+    path, manifest, layout = export
+    check_export(path, manifest, layout)
+    config, variables = model
+    expected = dict(hf_tensors(variables["params"], config, lora=variables["lora"]))
+    found = load_file(path)
+    assert found.keys() == expected.keys() == layout.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor)
+    assert manifest == Manifest.from_json(json.loads(json.dumps(manifest.to_json())))
+
+
+def test_only_the_dtype_that_is_served_travels(model, tmp_path):
+    config, variables = model
+    export = model_export("run", 0, variables, config, "bfloat16")
+    pieces = [bytes(piece) for piece in export.pieces()]
+    half = model_export("run", 0, variables, config, "float32").manifest.nbytes // 2
+    assert sum(map(len, pieces[1:])) == export.manifest.nbytes == half
+
+
+def test_adapters_alone_are_an_export_under_peft_names(model, tmp_path):
+    config, variables = model
+    export = adapter_export("run", 0, variables, config)
+    export.send([])
+    names = [tensor.name for tensor in export.manifest.tensors]
+    assert names[0] == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert len(names) == 2 * 2 * config.num_layers
+
+
+def replaced(manifest: Manifest, i: int, **changes) -> Manifest:
+    tensors = list(manifest.tensors)
+    tensors[i] = dataclasses.replace(tensors[i], **changes)
+    return dataclasses.replace(manifest, tensors=tuple(tensors))
+
+
+def test_what_is_not_the_announced_export_is_refused_in_words(export):
+    path, manifest, layout = export
+    data = path.read_bytes()
+    first = manifest.tensors[0].name
+
+    def refused(words: str, content: bytes = data, manifest: Manifest = manifest, layout: dict = layout) -> None:
+        path.write_bytes(content)
+        with pytest.raises(Refused, match=words):
+            check_export(path, manifest, layout)
+
+    refused("truncated: it has .* bytes of", data[:-4])
+    refused("its header cannot be read", data[:100])
+    refused("its header cannot be read", b"")
+    refused("it holds version 3 of run run, and the run is other", manifest=dataclasses.replace(manifest, run="other"))
+    refused("it holds version 3 of run", manifest=dataclasses.replace(manifest, version=4))
+    refused(f"tensor {first} is F32 .*not F32", manifest=replaced(manifest, 0, shape=(32, 80)))
+    refused(
+        "lacks 1 tensors of the model that is served, the first is lm_head",
+        layout=layout | {"lm_head.weight": [80, 32]},
+    )
+    refused(f"no tensor {first}", layout={name: shape for name, shape in layout.items() if name != first})
+    refused(f"{first} has shape .* and the model that is served", layout=layout | {first: [81, 32]})
+    refused("the bytes of model.norm.weight are not those that were sent", data[:-1] + bytes([data[-1] ^ 1]))
+    path.unlink()
+    with pytest.raises(Refused, match="cannot be read on the server's host: No such file"):
+        check_export(path, manifest, layout)
+
+
+def test_the_layout_of_a_folder_is_read_from_its_weights_where_no_file_says_it():
+    layout = read_layout(MODEL)
+    config = ModelConfig.from_hf(load_hf_config(MODEL))
+    assert layout == {name: list(shape) for name, shape in model_shapes(config).items()}
+
+
+def test_equal_weights_have_equal_digests_and_other_labels(model):
+    config, variables = model
+    exports = [model_export("run", version, variables, config, "float32") for version in (1, 2)]
+    for export in exports:
+        export.send([])
+    a, b = (export.manifest for export in exports)
+    assert a.digest == b.digest and a.label == "run:1" and b.label == "run:2"
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("ModuleNotFoundError: No module named 'vllm'", "setup_vllm.sh"),
+        ("ValueError: Model architectures ['FooForCausalLM'] are not supported for now.", "['FooForCausalLM']"),
+        ("OSError: [Errno 98] Address already in use", "port is in use"),
+        ("ValueError: No available memory for the cache blocks.", "too little memory"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "too little memory"),
+        ("ValueError: Free memory on device (1/80 GiB) on startup is less than desired GPU memory utilization", "too little free"),
+        ("api_server.py: error: unrecognized arguments: --foo", "--foo"),
+    ],
+)  # fmt: skip
+def test_a_log_of_a_start_that_failed_is_said_in_a_sentence(line, sentence):
+    assert sentence in str(explain(f"INFO\n{line}\nmore"))
+
+
+def test_a_version_of_vllm_that_was_not_tried_is_told():
+    assert untried("0.32.0") is None
+    assert "vLLM 0.24.0 was never tried with this jaxrl, which was tried with 0.32.0" in str(untried("0.24.0"))
+
+
+def test_the_command_line_has_the_users_arguments_last(tmp_path):
+    spec = ServerSpec(
+        str(tmp_path), "127.0.0.1", 1, "log", args={"tensor_parallel_size": 2, "enforce_eager": False, "seed": 3}
+    )
+    line = " ".join(command("python", spec, "cuda"))
+    assert "--tensor-parallel-size 2" in line and "--no-enforce-eager" in line and "--seed 3" in line
+    assert "--load-format dummy" in line and "--dtype bfloat16" in line and "--skip-tokenizer-init" in line
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"max_tokens_each": (3, 9)}, "max_tokens_each"),
+        ({"guided": {"regex": "a", "choice": ["b"]}}, "one grammar at a time"),
+    ],
+)
+def test_sampling_refuses_what_cannot_be(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(max_tokens=8, **settings)
+
+
+def test_an_engine_refuses_by_name_what_it_cannot_do():
+    with pytest.raises(ValueError, match=r"stop \('x',\): the jax engine cannot do that, set rollout.engine to vllm"):
+        Sampling(max_tokens=8, stop=("x",)).refuse(("stop", "bad_words"), "jax")
+
+
+def started(python: str, folder: Path, **changes) -> ServerProcess:
+    spec = ServerSpec(str(MODEL), "127.0.0.1", 0, str(folder))
+    server = ServerProcess(python, dataclasses.replace(spec, **changes), "key")
+    server.start()
+    return server
+
+
+def ended(server: ServerProcess, timeout_s: float = 60.0) -> str:
+    deadline = time.monotonic() + timeout_s
+    while (reason := server.ended()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    server.end()
+    return reason
+
+
+def test_a_python_that_is_not_there_or_has_no_vllm_is_said(tmp_path):
+    with pytest.raises(
+        ValueError, match="rollout.vllm.python /nowhere/python is not there: `scripts/setup_vllm.sh DIR`"
+    ):
+        started("/nowhere/python", tmp_path)
+    reason = ended(started(sys.executable, tmp_path))
+    assert reason.startswith("its Python has no vLLM: make an environment with scripts/setup_vllm.sh")
+    assert str(tmp_path / "server.log") in reason
+
+
+def test_shared_memory_goes_when_its_holder_is_killed():
+    code = "from jaxrl.weights.sync import SharedFolder; print(SharedFolder().path, flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    folder = Path(holder.stdout.readline().strip())
+    (folder / "file").write_text("x")
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    deadline = time.monotonic() + 10.0
+    while folder.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
