@@ -135,7 +135,7 @@ def test_equal_weights_have_equal_digests_and_other_labels(model):
         ("OSError: [Errno 98] Address already in use", "port is in use"),
         ("ValueError: No available memory for the cache blocks.", "too little memory"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "too little memory"),
-        ("ValueError: Free memory on device (1/80 GiB) on startup is less than desired GPU memory utilization", "too little free"),
+        ("ValueError: Free memory on device (1/80 GiB) is less than desired GPU memory utilization", "too little free"),
         ("api_server.py: error: unrecognized arguments: --foo", "--foo"),
     ],
 )  # fmt: skip
