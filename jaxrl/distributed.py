@@ -1,0 +1,76 @@
+"""Start of a run of several processes: they find each other, agree on code and config, and JAX spans them all.
+
+`train.py` calls `start` before anything touches a device. What the processes say to each other beside JAX goes over the
+`Link` that it returns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .cluster import Place
+from .link import Link
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
+
+
+def start(
+    place: Place | None, settings: Mapping[str, Any], *, heartbeat_timeout_s: float, start_timeout_s: float
+) -> Link:
+    """The link of this process, with JAX spread over all of them. `settings`: the config, by dotted names.
+
+    Raises ValueError where the coordinator cannot be reached, a process is missing, or hosts disagree.
+    """
+    link = Link(place, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
+    if place is None:
+        return link
+    check_same(link, "the code", {**_code(), **_user_files(settings)})
+    check_same(link, "the config", settings)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is the trainer's
+    jax.distributed.initialize(
+        link.relay(), place.num_processes, place.process_id, local_device_ids=place.local_device_ids,
+        cluster_detection_method="deactivate", coordinator_bind_address=link.relay() if link.is_first else None,
+        initialization_timeout=int(start_timeout_s), heartbeat_timeout_seconds=int(3 * heartbeat_timeout_s + 60),
+    )  # fmt: skip
+    return link
+
+
+def check_same(link: Link, what: str, mine: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the process and the entry, where `mine` is not the same on every process."""
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True, default=str).encode()).hexdigest()
+    if len(set(link.gather(f"the digest of {what}", digest))) == 1:
+        return
+    first, *others = link.gather(what, {name: str(value) for name, value in mine.items()})
+    for process_id, theirs in enumerate(others, start=1):
+        for name in sorted(first.keys() | theirs.keys()):
+            here, there = first.get(name, "missing"), theirs.get(name, "missing")
+            if here != there:
+                raise ValueError(
+                    f"{link.name_of(process_id)} and {link.name_of(0)} do not agree on {what}: {name} is {there} on the "
+                    f"one and {here} on the other. All processes run from the same code with the same config"
+                )
+
+
+def _code() -> dict[str, str]:
+    """What runs here: a digest of every file of jaxrl, and versions."""
+    package = Path(__file__).parent
+    files = {f"jaxrl/{path.relative_to(package).as_posix()}": _digest(path) for path in package.rglob("*.py")}
+    return {**files, **{name: importlib.metadata.version(name) for name in _PACKAGES}, "Python": platform.python_version()}
+
+
+def _user_files(settings: Mapping[str, Any]) -> dict[str, str]:
+    """A digest of every file of a user that the config names as path/to/file.py:function."""
+    paths = {str(value).rpartition(":")[0] for value in settings.values() if ".py:" in str(value)}
+    return {path: _digest(Path(path)) for path in paths if Path(path).is_file()}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
