@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -157,7 +156,7 @@ def _metadata(key: str, environ: Mapping[str, str]) -> str:
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read().decode()
-    except (urllib.error.URLError, socket.timeout) as error:
+    except (TimeoutError, urllib.error.URLError) as error:
         raise ValueError(
             f"--coordinator tpu asks the metadata server of a Cloud TPU VM for {key}, and {server} gave no answer "
             f"({error}): elsewhere, pass --coordinator host:port, --num-processes and --process-id"

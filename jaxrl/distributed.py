@@ -63,7 +63,11 @@ def _code() -> dict[str, str]:
     """What runs here: a digest of every file of jaxrl, and versions."""
     package = Path(__file__).parent
     files = {f"jaxrl/{path.relative_to(package).as_posix()}": _digest(path) for path in package.rglob("*.py")}
-    return {**files, **{name: importlib.metadata.version(name) for name in _PACKAGES}, "Python": platform.python_version()}
+    return {
+        **files,
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "Python": platform.python_version(),
+    }
 
 
 def _user_files(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -201,7 +201,8 @@ class Link:
             here = ", ".join(f"{i} on {hello['host']}" for i, hello in sorted(known.items()))
             missing = _listed([i for i in range(self.num_processes) if i not in known])
             problem = (
-                f"of {self.num_processes} processes only {len(known)} came within {timeout_s:g} s ({here}): {missing} missing"
+                f"of {self.num_processes} processes only {len(known)} came within {timeout_s:g} s ({here}): {missing} "
+                "missing"
             )
             await self._refuse(problem)
             raise ValueError(problem) from None

@@ -11,7 +11,9 @@ import logging
 import netrc
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,6 +117,27 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+@contextmanager
+def process_log(folder: Path, process_id: int) -> Iterator[None]:
+    """Within it, logs/process_<i>.log takes down what this process logs, and the error that ends it."""
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(folder / "logs" / f"process_{process_id}.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, ours = logging.getLogger(), logging.getLogger("jaxrl")
+    level = ours.level
+    root.addHandler(file)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException:
+        file.emit(log.makeRecord(log.name, logging.ERROR, __file__, 0, "the run has ended", (), sys.exc_info()))
+        raise
+    finally:
+        root.removeHandler(file)
+        ours.setLevel(level)
+        file.close()
 
 
 class Logger(Protocol):

@@ -49,6 +49,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
             f"mesh {shape[0]}x{shape[1]}x{shape[2]} needs {wanted} devices and there are {len(devices)}: "
             "set mesh.data, mesh.fsdp and mesh.tensor to a product of at most that"
         )
+    if wanted < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise ValueError(
+            f"mesh {shape[0]}x{shape[1]}x{shape[2]} takes {wanted} of the {len(devices)} devices, and of several processes "
+            "each must take part with all of its own: raise mesh.data, or set one axis to -1"
+        )
     return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
 
 

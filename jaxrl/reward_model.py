@@ -28,6 +28,8 @@ ROWS = 128  # packed rows are a multiple of it long
 class RewardModel:
     """Scores samples; stands beside the reward functions in a `Scorer`."""
 
+    whole_batch = True
+
     def __init__(self, path: str, mesh: jax.sharding.Mesh, model: Model, *, max_tokens: int):
         source = open_pretrained(path)
         head = find_head(source.checkpoint, source.hf_config)

@@ -19,6 +19,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import config as config_module
+from . import preemption
 from .algorithms.advantages import ADVANTAGES
 from .algorithms.aggregation import AGGREGATIONS
 from .algorithms.choose import choose
@@ -26,8 +27,10 @@ from .batch import Prompt, Rollout
 from .checkpoint import Checkpoints
 from .config import Config
 from .data import PromptDataset, PromptLoader
+from .distributed import check_same
 from .learner import Learner, preparation_of, rows_of
-from .loggers import LOGGERS, Metrics, Run, Samples
+from .link import Link
+from .loggers import LOGGERS, Metrics, Run, Samples, process_log
 from .metrics import CompileCounter, Timer, memory_metrics, throughput_metrics, validation_metrics
 from .parallel import make_mesh
 from .progress import Progress, plot_rewards
@@ -45,13 +48,19 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run, from a config to `runs/<name>/hf`. What is wrong with the config or the data raises ValueError here."""
+    """One run, from a config to `runs/<name>/hf`. What is wrong with the config or the data raises ValueError here.
 
-    def __init__(self, config: Config):
+    `link` is that of `distributed.start`, where the run has several processes. All of them do the same; what must be
+    decided or done once goes over `link`.
+    """
+
+    def __init__(self, config: Config, link: Link | None = None):
         c = self.config = config
+        self.link = Link() if link is None else link
         self.folder = c.run_dir
         self.checkpoints = Checkpoints(self.folder / "checkpoints", max_to_keep=c.trainer.max_ckpt_to_keep)
-        self.start = self._where_to_start()
+        # Decided once: process 0 may begin to write before another one looks.
+        self.start: tuple[str, int] | None = self.link.first("where to start", self._where_to_start)
         self.source = open_pretrained(c.model.path, c.model.lora_adapter_path)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.source.tokenizer)
         self.mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
@@ -60,8 +69,12 @@ class Trainer:
             train, prompts_per_step=c.data.train_batch_size, seed=c.data.seed, shuffle=c.data.shuffle
         )
         self.val = self._dataset("val") if c.data.val_files is not None else None
+        check_same(self.link, "the data", {
+            "data.train_files": f"data of fingerprint {train.fingerprint}",
+            "data.val_files": self.val and f"data of fingerprint {self.val.fingerprint}",
+        })  # fmt: skip
         self.steps = c.trainer.total_training_steps or c.trainer.total_epochs * self.loader.steps_per_epoch
-        if jax.process_index() == 0:
+        if self.link.is_first:
             rows = rows_of(c, self.mesh, c.actor.ppo_max_token_len_per_gpu)
             print(config_module.describe(c, num_rows=rows, steps=self.steps, num_prompts=len(train)))
         self._check_choices()
@@ -77,8 +90,8 @@ class Trainer:
 
     # What is made at the start.
 
-    def _where_to_start(self) -> tuple[Checkpoints, int] | None:
-        """The checkpoint to go on from. Refuses a folder that holds another run."""
+    def _where_to_start(self) -> tuple[str, int] | None:
+        """The checkpoint to go on from: its folder's folder, and its step. Refuses a folder that holds another run."""
         t = self.config.trainer
         saved = self.folder / "config.yaml"
         other_name = "set trainer.experiment_name or trainer.run_dir to another name"
@@ -86,7 +99,7 @@ class Trainer:
             raise ValueError(f"{self.folder} holds a run with other settings ({'; '.join(changed[:3])}): {other_name}")
         latest = self.checkpoints.latest()
         if t.resume_mode == "auto" and latest is not None:
-            return self.checkpoints, latest
+            return str(self.folder / "checkpoints"), latest
         held = latest is not None or any(
             (self.folder / name).exists() for name in ("metrics.jsonl", "samples.jsonl", "hf")
         )
@@ -99,7 +112,7 @@ class Trainer:
             match = re.fullmatch(r"global_step_(\d+)", path.name)
             if not match or not path.is_dir():
                 raise ValueError(f"trainer.resume_from_path {path} is not a checkpoint folder global_step_<n>")
-            return Checkpoints(path.parent), int(match[1])
+            return str(path.parent), int(match[1])
         return None
 
     def _dataset(self, split: str) -> PromptDataset:
@@ -147,7 +160,7 @@ class Trainer:
             )  # fmt: skip
         return make_scorer(
             [(f.name, f.weight, dict(f.kwargs)) for f in r.functions], error_reward=r.error_reward,
-            on_error=r.on_error, timeout_s=r.timeout_s, started=started,
+            on_error=r.on_error, timeout_s=r.timeout_s, started=started, link=self.link,
         )  # fmt: skip
 
     def _make_engine(self) -> Engine:
@@ -165,8 +178,8 @@ class Trainer:
         meta = {"step": step, "loader": self.loader.state(), "kl_coef": self.learner.kl_coef}
         self.checkpoints.save(step, self.roles.state(), meta)
 
-    def _restore(self, checkpoints: Checkpoints, step: int) -> None:
-        state, meta = checkpoints.restore(step, self.roles.abstract_state())
+    def _restore(self, folder: str, step: int) -> None:
+        state, meta = Checkpoints(folder).restore(step, self.roles.abstract_state())
         self.roles.restore(state)
         self.loader.restore(meta["loader"])
         if self.config.algorithm.kl_ctrl.type != "fixed":
@@ -176,16 +189,32 @@ class Trainer:
     # The run.
 
     def fit(self) -> dict[str, float]:
-        """Train, validate, export. Returns the metrics of the last step that was run."""
+        """Train, validate, export. Returns the metrics of the last step that was run.
+
+        After SIGTERM it saves a checkpoint at the end of the step and raises SystemExit.
+        """
+        with preemption.Preemption() as sigterm, process_log(self.folder, self.link.process_id):
+            log.info("%s of %d, with %d of %d devices", self.link.name, self.link.num_processes,
+                     jax.local_device_count(), jax.device_count())  # fmt: skip
+            values = self._train(sigterm)
+            self.roles.export(self.folder)
+        if self.link.is_first:
+            print(f"Done: {self.folder / 'hf'} is the trained model.")
+            if "jsonl" in self.config.trainer.logger:
+                print(f"{plot_rewards(self.folder)} is its reward by step.")
+        return values
+
+    def _train(self, sigterm: preemption.Preemption) -> dict[str, float]:
+        """All steps, with their validations and checkpoints."""
         c = self.config
         first = 0 if self.start is None else self.start[1]
-        if jax.process_index() == 0:
+        if self.link.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             config_module.save(c, self.folder / "config.yaml")
         run = Run(self.folder, c.trainer.project_name, c.trainer.experiment_name, config_module.to_dict(c),
                   c.trainer.total_epochs, self.steps, first + 1 if first else 0)  # fmt: skip
-        values: dict[str, float] = {}
-        shown = jax.process_index() == 0
+        values, step, stop = {}, first, False
+        shown = self.link.is_first
         # The engine ends before the export, which makes a copy where it merges adapters.
         with closing(self.engine), Progress(self.steps, completed=first, shown=shown) as progress, self.scorer:
             metrics, samples = Metrics(run, c.trainer.logger, print_line=progress.print), Samples(run)
@@ -195,18 +224,21 @@ class Trainer:
             for step in range(first + 1, self.steps + 1):
                 values = self.step(step, samples, progress)
                 metrics.log(step, values)
+                stop = any(self.link.gather("whether SIGTERM came", sigterm.noticed)) and step < self.steps
                 # After the log: a run that goes on from this checkpoint has the step in its files.
-                if c.trainer.save_freq > 0 and (step == self.steps or step % c.trainer.save_freq == 0):
+                if stop or c.trainer.save_freq > 0 and (step == self.steps or step % c.trainer.save_freq == 0):
                     self._save(step)
                 progress.completed(step)
+                self.link.finished(step)
+                log.info("step %d of %d took %.1f s", step, self.steps, values["timing_s/step"])
+                if stop:
+                    break
             self.checkpoints.wait()
             metrics.close()
             samples.close()
-        self.roles.export(self.folder)
-        if jax.process_index() == 0:
-            print(f"Done: {self.folder / 'hf'} is the trained model.")
-            if "jsonl" in c.trainer.logger:
-                print(f"{plot_rewards(self.folder)} is its reward by step.")
+        if stop:
+            log.warning("SIGTERM: saved step %d; the same command goes on from there", step)
+            raise SystemExit(preemption.EXIT_CODE)
         return values
 
     def step(self, step: int, samples: Samples, progress: Progress) -> dict[str, float]:

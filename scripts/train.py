@@ -1,26 +1,48 @@
-"""Train: python scripts/train.py --config configs/quickstart.yaml [a.b=c ...]"""
+"""Train: python scripts/train.py --config configs/quickstart.yaml [a.b=c ...]
+
+One process a host on several hosts (scripts/launch/ starts them): each finds its place from SLURM, Kubernetes or a TPU
+slice on GKE, or is told it by --coordinator, --num-processes and --process-id.
+"""
 
 import argparse
+import logging
 import sys
 
-from jaxrl.config import load
+from jaxrl import cluster, config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; tpu: ask the Cloud TPU VM")
+    parser.add_argument("--num-processes", type=int, metavar="N")
+    parser.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
     args = parser.parse_args()
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s", handlers=[console])
     try:
-        config = load(args.config, args.overrides)
+        c = config.load(args.config, args.overrides)
+        place = cluster.find(args.coordinator, args.num_processes, args.process_id)
+        from jaxrl import distributed  # JAX starts only once the config holds together
         from jaxrl.host_memory import keep_freed_memory
-        from jaxrl.trainer import Trainer  # JAX starts only once the config holds together
 
         keep_freed_memory()
-        trainer = Trainer(config)
+        t = c.trainer
+        link = distributed.start(
+            place, config.flat(c), heartbeat_timeout_s=t.heartbeat_timeout_s, start_timeout_s=t.start_timeout_s
+        )
     except ValueError as error:
         sys.exit(f"error: {error}")
-    trainer.fit()
+    with link:
+        from jaxrl.trainer import Trainer
+
+        try:
+            trainer = Trainer(c, link)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        trainer.fit()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Reading a config starts no JAX.
 from .check import CHOICES, check
 from .describe import describe
 from .load import from_dict, load, save, to_dict
-from .resume import MAY_CHANGE, differences
+from .resume import MAY_CHANGE, differences, flat
 from .settings import (
     Actor,
     Algorithm,
@@ -32,6 +32,6 @@ from .settings import (
 __all__ = [
     "CHOICES", "MAY_CHANGE", "Actor", "Algorithm", "Config", "CriticSection", "Data", "KLCtrl", "MeshSection", "Model",
     "Optim", "PolicyLossSection", "Ref", "Reward", "RewardFunction", "RewardModelSection", "RolloutCorrection",
-    "RolloutSection", "TrainerSection", "ValKwargs", "VllmSection", "check", "describe", "differences", "from_dict",
-    "load", "save", "to_dict",
+    "RolloutSection", "TrainerSection", "ValKwargs", "VllmSection", "check", "describe", "differences", "flat",
+    "from_dict", "load", "save", "to_dict",
 ]  # fmt: skip

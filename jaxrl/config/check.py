@@ -120,6 +120,8 @@ def _check_positive(c: Config) -> None:
         "trainer.total_epochs": c.trainer.total_epochs,
         "trainer.total_training_steps": c.trainer.total_training_steps,
         "trainer.row_length": c.trainer.row_length,
+        "trainer.start_timeout_s": c.trainer.start_timeout_s,
+        "trainer.heartbeat_timeout_s": c.trainer.heartbeat_timeout_s,
     }
     for key, value in numbers.items():
         if value is not None and not value > 0:  # nor may it be nan

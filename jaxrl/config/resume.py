@@ -17,20 +17,25 @@ MAY_CHANGE = {
     "trainer.row_length", "trainer.share_prompt",
     "trainer.total_epochs", "trainer.total_training_steps", "trainer.save_freq", "trainer.max_ckpt_to_keep",
     "trainer.resume_mode", "trainer.resume_from_path", "trainer.test_freq", "trainer.val_before_train",
-    "trainer.logger", "trainer.run_dir", "rollout.max_num_seqs", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "trainer.logger", "trainer.run_dir", "trainer.start_timeout_s", "trainer.heartbeat_timeout_s",
+    "rollout.max_num_seqs", "mesh.data", "mesh.fsdp", "mesh.tensor",
 }  # fmt: skip
 
 
 def differences(c: Config, saved: Path) -> list[str]:
     """The settings in which `c` is not the run that `saved` (its config.yaml) describes, but for `MAY_CHANGE`."""
     theirs = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
-    # Through YAML as well: it knows no tuples.
-    ours = _flat(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(to_dict(c))))))
+    ours = flat(c)
     return [
         f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key) and key not in MAY_CHANGE and not key.startswith("rollout.vllm.")
     ]
+
+
+def flat(c: Config) -> dict[str, Any]:
+    """Every setting by its dotted name, as a YAML file would give it back (it knows no tuples)."""
+    return _flat(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(to_dict(c))))))
 
 
 def _flat(tree: Any, where: str = "") -> dict[str, Any]:

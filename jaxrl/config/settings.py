@@ -224,6 +224,8 @@ class TrainerSection:
     row_length: int | None = None  # tokens of a packed row; None: room for the longest sequence
     share_prompt: bool = True  # lay a prompt down once for all its responses
     seed: int = 1
+    start_timeout_s: float = 300.0  # for so long processes wait for each other at the start
+    heartbeat_timeout_s: float = 100.0  # a process that is silent for so long is dead, and the others end
     logger: tuple[str, ...] = ("console", "jsonl")
 
 

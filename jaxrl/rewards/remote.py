@@ -33,6 +33,8 @@ class Remote:
     `token_env` names an environment variable that holds a bearer token, so that no config has to hold it.
     """
 
+    whole_batch = False
+
     def __init__(
         self,
         *,

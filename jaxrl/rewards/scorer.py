@@ -12,10 +12,12 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+from jaxrl.link import Link
 from jaxrl.rewards.builtin import REWARDS, check_arguments
 from jaxrl.rewards.score import Sample, Score, combine, excerpt, score_one
+from jaxrl.rewards.shared import Reward, Shared
 from jaxrl.rewards.workers import WorkerPool
 
 _logger = logging.getLogger(__name__)
@@ -24,14 +26,6 @@ _MAX_REPORTS = 5  # failures of one reward that are logged with their sample, fo
 
 class RewardError(RuntimeError):
     """A reward failed on a sample, and the scorer was told `on_error="raise"`."""
-
-
-class Reward(Protocol):
-    """One started reward, wherever it runs."""
-
-    def score(self, samples: Sequence[Sample]) -> list[Score]: ...
-
-    def close(self) -> None: ...
 
 
 def make_scorer(
@@ -43,13 +37,15 @@ def make_scorer(
     num_workers: int | None = None,
     max_concurrent: int = 64,
     started: Mapping[str, tuple[Reward, float]] | None = None,
+    link: Link | None = None,
 ) -> Scorer:
     """The scorer of `specs`: for each reward its name, its weight, and its keyword arguments.
 
     A name is a key of `REWARDS` or `path/to/file.py:function`. Rewards in worker processes have `timeout_s` for each
     sample (a function of whole batches: for each call) and `num_workers` processes (by default one a core, at most 4);
     async functions score `max_concurrent` samples at once. `started` adds rewards that run already, each with its
-    weight, under their names (a reward model). Raises a ValueError for a reward that is unknown, does not
+    weight, under their names (a reward model). With a `link`, the processes of the run divide the samples of all but
+    those among them. Raises a ValueError for a reward that is unknown, does not
     import, or does not take its arguments.
     """
     if not specs and not started:
@@ -73,6 +69,8 @@ def make_scorer(
             reward = _start(name, kwargs, timeout_s=timeout_s, num_workers=num_workers, max_concurrent=max_concurrent)
             stack.callback(reward.close)
             label = _label(name, rewards)
+            if link is not None and link.num_processes > 1:
+                reward = Shared(label, reward, link)
             rewards[label], weights[label] = reward, weight
         stack.pop_all()
     for name, (reward, weight) in (started or {}).items():
@@ -124,6 +122,8 @@ class Scorer:
 
 class _Here:
     """A quick built-in, called in this process."""
+
+    whole_batch = False
 
     def __init__(self, function: Callable[[Sample], Any]):
         self._function = function

@@ -51,6 +51,7 @@ class WorkerPool:
             self.close()
             raise
         self._kind: Kind = self._workers[0].kind
+        self.whole_batch = self._kind == "batch"
         if self._kind == "sample":
             self._workers += [_Worker(self._setup) for _ in range(num_workers - 1)]
 

@@ -70,7 +70,9 @@ def start(n: int, devices: int | None, port: int | None, arguments: list[str]) -
     for i in range(n):
         environment = dict(os.environ)
         if devices is not None:  # of a CPU they are virtual, of accelerators each process has its own part
-            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+            environment["XLA_FLAGS"] = (
+                f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+            )
             environment["JAX_LOCAL_DEVICE_IDS"] = ",".join(str(i * devices + d) for d in range(devices))
         command = [sys.executable, "-u", str(TRAIN), "--num-processes", str(n)]
         command += ["--coordinator", f"127.0.0.1:{port}", "--process-id", str(i)] if n > 1 else []
@@ -106,16 +108,19 @@ def _verdict(processes: list[Process]) -> int:
     preempted = 128 + signal.SIGTERM
     if not bad or all(process.code == preempted for process in bad):
         return preempted if bad else 0
-    causes = [p for p in bad if not p.was_ended and p.code not in (PEER_LOST, preempted)] or [p for p in bad if p.was_ended]
+    causes = [p for p in bad if not p.was_ended and p.code not in (PEER_LOST, preempted)] or [
+        p for p in bad if p.was_ended
+    ]
     cause = (causes or bad)[0]
+    code = cause.code or 0
     if cause.was_ended:
         how = "did not answer any more and was killed"
-    elif cause.code > 128:
-        how = f"was killed by {signal.Signals(cause.code - 128).name}"
+    elif code > 128:
+        how = f"was killed by {signal.Signals(code - 128).name}"
     else:
-        how = f"ended with exit code {cause.code}"
+        how = f"ended with exit code {code}"
     print(f"error: {cause} on {socket.gethostname()} {how}; the run has ended", file=sys.stderr, flush=True)
-    return cause.code
+    return code
 
 
 def _free_port() -> int:
