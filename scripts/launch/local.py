@@ -21,7 +21,7 @@ from pathlib import Path
 from jaxrl.link import PEER_LOST
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-PATIENCE_S = 15.0  # for the others to say by themselves why they end
+PATIENCE_S = 5.0  # for the others to say by themselves why they end
 
 
 class Process:
