@@ -17,28 +17,30 @@ from typing import Any
 import jax
 
 from .cluster import Place
+from .config import Config, flat
 from .link import Link
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
 
-def start(
-    place: Place | None, settings: Mapping[str, Any], *, heartbeat_timeout_s: float, start_timeout_s: float
-) -> Link:
-    """The link of this process, with JAX spread over all of them. `settings`: the config, by dotted names.
+def start(place: Place | None, c: Config) -> Link:
+    """The link of this process, with JAX spread over all of them.
 
     Raises ValueError where the coordinator cannot be reached, a process is missing, or hosts disagree.
     """
-    link = Link(place, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
+    timeout_s, start_timeout_s = c.trainer.heartbeat_timeout_s, c.trainer.start_timeout_s
+    link = Link(place, heartbeat_timeout_s=timeout_s, start_timeout_s=start_timeout_s)
     if place is None:
         return link
+    settings = flat(c)
     check_same(link, "the code", {**_code(), **_user_files(settings)})
     check_same(link, "the config", settings)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is the trainer's
+    address = link.relay()
     jax.distributed.initialize(
-        link.relay(), place.num_processes, place.process_id, local_device_ids=place.local_device_ids,
-        cluster_detection_method="deactivate", coordinator_bind_address=link.relay() if link.is_first else None,
-        initialization_timeout=int(start_timeout_s), heartbeat_timeout_seconds=int(3 * heartbeat_timeout_s + 60),
+        address, place.num_processes, place.process_id, local_device_ids=place.local_device_ids,
+        cluster_detection_method="deactivate", coordinator_bind_address=address if link.is_first else None,
+        initialization_timeout=int(start_timeout_s), heartbeat_timeout_seconds=int(3 * timeout_s + 60),
     )  # fmt: skip
     return link
 

@@ -29,10 +29,7 @@ def main() -> None:
         from jaxrl.host_memory import keep_freed_memory
 
         keep_freed_memory()
-        t = c.trainer
-        link = distributed.start(
-            place, config.flat(c), heartbeat_timeout_s=t.heartbeat_timeout_s, start_timeout_s=t.start_timeout_s
-        )
+        link = distributed.start(place, c)
     except ValueError as error:
         sys.exit(f"error: {error}")
     with link:

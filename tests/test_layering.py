@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up; a folder stands for all in it that has no line of its own. A new file is given its floor here.
 FLOORS = [
-    {"user_code", "host_memory", "preemption", "cluster", "link", "distributed"},
+    {"user_code", "host_memory", "preemption", "cluster", "link"},
     {"config", "batch", "packing", "tasks", "progress", "algorithms", "rewards"},
-    {"models", "parallel", "sources", "data"},
+    {"models", "parallel", "distributed", "sources", "data"},
     {"weights", "rollout", "optimizer", "checkpoint", "metrics", "loggers"},
     {"update", "prepare", "weights.sync"},
     {"rollout.vllm_engine", "rollout.vllm_publication"},
