@@ -45,6 +45,7 @@ class Rollout:
     finished: bool  # False: cut at the length limit
     weights_version: int
     response_mask: np.ndarray = field(default=None)  # type: ignore[assignment]  # bool [T], False: tool or environment text
+    num_turns: int = 1  # how many times the model spoke
 
     def __post_init__(self) -> None:
         if self.response_mask is None:

@@ -115,6 +115,10 @@ class PromptDataset(Sequence[Prompt]):
         token_ids = truncate(token_ids, self.max_prompt_length, self.truncation)
         return replace(prompt, token_ids=token_ids, text=str(self.tokenizer.decode(token_ids)))
 
+    def of_row(self, row_index: int) -> Prompt:
+        """The prompt of a row, which is `Prompt.index`."""
+        return self[int(np.searchsorted(self.indices, row_index))]
+
     def _read(self, row_index: int) -> Prompt:
         """The prompt of a row, not tokenised yet."""
         row = self.rows[row_index]

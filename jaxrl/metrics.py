@@ -90,6 +90,11 @@ def throughput_metrics(
     return metrics
 
 
+def turn_metrics(num_turns: Sequence[int], num_errors: int) -> dict[str, float]:
+    """How often the model spoke in a response, and how many calls of the user's function have failed since the start."""
+    return {**_mean_max_min("num_turns", np.asarray(num_turns)), "num_turns/errors": num_errors}
+
+
 def memory_metrics() -> dict[str, float]:
     """The peak on the fullest device of this process (on CPU nobody counts it), and the memory in use on the host."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]

@@ -1,7 +1,7 @@
 """The loop of RL: prompts -> rollouts -> rewards -> advantages -> critic and actor steps -> new weights for the engine.
 
 `Trainer(config).fit()` is the whole run. `step` reads straight down in the order of the data; what the stages compute
-lives in `rollout/`, `rewards/` and `learner.py`.
+lives in `collector.py` and `learner.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,27 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import config as config_module
 from . import preemption
+from .ahead import Ahead, empty_arrays
 from .algorithms.advantages import ADVANTAGES
 from .algorithms.aggregation import AGGREGATIONS
 from .algorithms.choose import choose
-from .batch import Prompt, Rollout
 from .checkpoint import Checkpoints
+from .collector import Collector, Experience, sampling_of
 from .config import Config
 from .data import PromptDataset, PromptLoader
 from .distributed import check_same
 from .learner import Learner, preparation_of, rows_of
 from .link import Link
 from .loggers import LOGGERS, Metrics, Run, Samples, process_log
-from .metrics import CompileCounter, Timer, memory_metrics, throughput_metrics, validation_metrics
-from .parallel import make_mesh
+from .metrics import CompileCounter, Timer, memory_metrics, throughput_metrics, turn_metrics, validation_metrics
+from .parallel import make_mesh, put_replicated
 from .progress import Progress, plot_rewards
 from .reward_model import RewardModel
-from .rewards import Sample, Score, make_scorer
+from .rewards import Score, make_scorer
 from .roles import Roles, model_config, policy_loss
-from .rollout.engine import Engine, Sampling
+from .rollout.engine import Engine
 from .rollout.jax_engine import JaxEngine
+from .rollout.turns import Turns
 from .rollout.vllm_engine import VllmEngine
 from .sources import load_rows
 from .weights.pretrained import open_pretrained
@@ -63,6 +65,7 @@ class Trainer:
         self.start: tuple[str, int] | None = self.link.first("where to start", self._where_to_start)
         self.source = open_pretrained(c.model.path, c.model.lora_adapter_path)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.source.tokenizer)
+        self.stop_ids = _stop_ids(self.tokenizer, self.source.generation_config)
         self.mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
         train = self._dataset("train")
         self.loader = PromptLoader(
@@ -84,9 +87,16 @@ class Trainer:
             c, self.mesh, self.source, steps=self.steps, needs_critic=self.needs_critic, resumed=self.start is not None
         )
         self.learner = Learner(c, self.roles)
-        if self.start is not None:
-            self._restore(*self.start)
+        waiting = None if self.start is None else self._restore(*self.start)
         self.engine = self._make_engine()
+        self.turns = self._make_turns()
+        self.collector = Collector(
+            c, self.engine.generate if self.turns is None else self.turns.generate, self.scorer, self.loader,
+            self.tokenizer, stop_ids=self.stop_ids, needs_baselines=self.needs_baselines,
+        )  # fmt: skip
+        self.ahead = Ahead(self.collector.collect, ahead=c.trainer.trainer_mode == "one_step_off", last=self.steps)
+        if waiting is not None:
+            self.ahead.restore(*waiting, train.of_row)
 
     # What is made at the start.
 
@@ -141,13 +151,30 @@ class Trainer:
         preparation_of(c)  # both raise where a name is not known
         for name in c.trainer.logger:
             choose(LOGGERS, name, "trainer.logger")
-        self._sampling(c.rollout)
-        self._sampling(c.rollout.val_kwargs)
+        for settings in (c.rollout, c.rollout.val_kwargs):
+            sampling_of(settings, max_tokens=c.data.max_response_length, stop_ids=self.stop_ids)
+        if c.trainer.trainer_mode == "one_step_off":
+            self._check_ahead()
         longest = c.data.max_prompt_length + c.data.max_response_length
         if longest > (most := model_config(c.model, self.source.hf_config).max_position):
             raise ValueError(
                 f"data.max_prompt_length + data.max_response_length = {longest} is more than the {most} tokens of the "
                 f"context of {c.model.path}: lower one of them"
+            )
+
+    def _check_ahead(self) -> None:
+        """Refuses to collect in a thread of its own what takes part in collectives, which then come in any order."""
+        c, what = self.config, None
+        if self.link.num_processes > 1:
+            what = f"a run of {self.link.num_processes} processes, in which all must do the same in the same order"
+        elif self.mesh.size > 1 and c.rollout.engine == "jax":
+            what = f"rollout.engine jax on the {self.mesh.size} devices of training"
+        elif self.mesh.size > 1 and c.reward.model.path is not None:
+            what = f"a reward model on the {self.mesh.size} devices of training"
+        if what is not None:
+            raise ValueError(
+                f"trainer.trainer_mode one_step_off is not for {what}: two programs at a time could wait for each other "
+                "for ever, set trainer.trainer_mode=sync"
             )
 
     def _make_scorer(self):
@@ -172,19 +199,41 @@ class Trainer:
             max_model_len=c.data.max_prompt_length + c.data.max_response_length, max_num_seqs=c.rollout.max_num_seqs,
         )  # fmt: skip
 
+    def _make_turns(self) -> Turns | None:
+        m = self.config.rollout.multi_turn
+        if m.function is None:
+            return None
+        return Turns(
+            self.engine, self.tokenizer, m.function, kwargs=m.kwargs, max_assistant_turns=m.max_assistant_turns,
+            timeout_s=m.timeout_s, template_kwargs=self.config.data.apply_chat_template_kwargs, link=self.link,
+        )  # fmt: skip
+
     # Checkpoints: all that the steps after this one depend on.
 
     def _save(self, step: int) -> None:
-        meta = {"step": step, "loader": self.loader.state(), "kl_coef": self.learner.kl_coef}
-        self.checkpoints.save(step, self.roles.state(), meta)
+        arrays, waiting = self.ahead.state(self._empty_arrays())
+        meta = {"step": step, "loader": self.loader.state(), "kl_coef": self.learner.kl_coef, "waiting": waiting}
+        self.checkpoints.save(step, self.roles.state() | put_replicated(self.mesh, arrays), meta)
 
-    def _restore(self, folder: str, step: int) -> None:
-        state, meta = Checkpoints(folder).restore(step, self.roles.abstract_state())
+    def _restore(self, folder: str, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """Also gives back the samples that waited for the next step, as `Ahead.state` gave them."""
+        empty = put_replicated(self.mesh, self._empty_arrays())
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), empty)
+        state, meta = Checkpoints(folder).restore(step, self.roles.abstract_state() | abstract)
+        arrays = {name: np.asarray(state.pop(name).addressable_data(0)) for name in empty}
         self.roles.restore(state)
         self.loader.restore(meta["loader"])
         if self.config.algorithm.kl_ctrl.type != "fixed":
             self.learner.kl_coef = meta["kl_coef"]
         log.info("going on from step %d", step)
+        return (arrays, meta["waiting"]) if meta.get("waiting") else None
+
+    def _empty_arrays(self) -> dict[str, np.ndarray]:
+        """What a checkpoint holds of the samples that wait for the next step: nothing where none ever do."""
+        c = self.config
+        if c.trainer.trainer_mode == "sync":
+            return {}
+        return empty_arrays(c.data.train_batch_size * c.rollout.n, c.data.max_response_length)
 
     # The run.
 
@@ -215,8 +264,14 @@ class Trainer:
                   c.trainer.total_epochs, self.steps, first + 1 if first else 0)  # fmt: skip
         values, step, stop = {}, first, False
         shown = self.link.is_first
-        # The engine ends before the export, which makes a copy where it merges adapters.
-        with closing(self.engine), Progress(self.steps, completed=first, shown=shown) as progress, self.scorer:
+        with ExitStack() as ends:
+            # The engine ends before the export, which makes a copy where it merges adapters.
+            ends.enter_context(closing(self.engine))
+            ends.enter_context(self.scorer)
+            if self.turns is not None:
+                ends.enter_context(closing(self.turns))
+            progress = ends.enter_context(Progress(self.steps, completed=first, shown=shown))
+            ends.enter_context(closing(self.ahead))  # the first to end: it may be using the others
             metrics, samples = Metrics(run, c.trainer.logger, print_line=progress.print), Samples(run)
             self.engine.update_weights(self.roles.actor_variables(), first)
             if self.val is not None and c.trainer.val_before_train and first == 0:
@@ -246,84 +301,57 @@ class Trainer:
         c, timer, compiled = self.config, Timer(), self.compiles.count
         is_last = step == self.steps
         with timer("step"):
-            prompts = next(self.loader)
-            with timer("gen"), progress.generation(len(prompts) * c.rollout.n) as report:
-                rollouts = self.engine.generate(
-                    prompts, self._sampling(c.rollout), seed=self._seed(step), report=report
-                )
-            baselines = None
-            if self.needs_baselines:
-                with timer("gen"):
-                    greedy = self.engine.generate(prompts, self._sampling(c.rollout, greedy=True), seed=0)
-                baselines = np.array([s.reward for s in self._score(prompts, greedy)], np.float32)
-            with timer("reward"):
-                scores = self._score(prompts, rollouts, samples, step, "train")
-            metrics = self.learner.step(step, prompts, rollouts, scores, baselines, timer)
+            e = self.ahead.take(step, progress, timer.seconds)
+            staleness = self._staleness(step, e)
+            self._log(samples, step, "train", e)
+            metrics = self.learner.step(step, e.prompts, e.rollouts, e.scores, e.baselines, timer)
+            metrics |= self.ahead.wait(timer.seconds)
             with timer("update_weights"):
                 self.engine.update_weights(self.roles.actor_variables(), step)
         if self.val is not None and (is_last or (c.trainer.test_freq > 0 and step % c.trainer.test_freq == 0)):
             with timer("testing"):
                 metrics |= self.validate(step, samples)
         lengths = {
-            "prompt_lengths": np.array([len(prompts[r.group].token_ids) for r in rollouts]),
-            "response_lengths": np.array([len(r.token_ids) for r in rollouts]),
+            "prompt_lengths": np.array([len(e.prompts[r.group].token_ids) for r in e.rollouts]),
+            "response_lengths": np.array([len(r.token_ids) for r in e.rollouts]),
         }
         metrics |= throughput_metrics(**lengths, seconds=timer.seconds, num_devices=self.mesh.size)
-        metrics |= timer.metrics() | memory_metrics() | _reward_metrics(scores)
+        metrics |= timer.metrics() | memory_metrics() | _reward_metrics(e.scores) | e.metrics
+        if self.turns is not None:
+            metrics |= turn_metrics([r.num_turns for r in e.rollouts], self.turns.errors)
         return metrics | {
             "training/global_step": step,
-            "training/epoch": self.loader.epoch,
+            "training/epoch": e.epoch,
+            "training/staleness": staleness,
             "perf/recompiles": self.compiles.count - compiled,
         }
 
     def validate(self, step: int, samples: Samples) -> dict[str, float]:
         """Rewards on the held-out problems with the weights that the engine has."""
         assert self.val is not None
-        prompts = list(self.val)
-        sampling = self._sampling(self.config.rollout.val_kwargs)
-        rollouts = self.engine.generate(prompts, sampling, seed=self.config.trainer.seed)
-        scores = self._score(prompts, rollouts, samples, step, "val")
-        names = sorted({name for score in scores for name in score.metrics})
+        e = self.collector.held_out(list(self.val))
+        self._log(samples, step, "val", e)
+        names = sorted({name for score in e.scores for name in score.metrics})
         return validation_metrics(
-            [prompts[r.group].data_source for r in rollouts], [r.group for r in rollouts], [s.reward for s in scores],
-            {name: [s.metrics.get(name) for s in scores] for name in names},
+            [e.prompts[r.group].data_source for r in e.rollouts], [r.group for r in e.rollouts],
+            [s.reward for s in e.scores], {name: [s.metrics.get(name) for s in e.scores] for name in names},
         )  # fmt: skip
 
-    # Small things that several stages ask for.
+    def _staleness(self, step: int, e: Experience) -> int:
+        """How many updates the weights that sampled are behind; samples of any other weights enter no batch."""
+        behind = {step - 1 - rollout.weights_version for rollout in e.rollouts}
+        if not behind <= {0, 1 if self.config.trainer.trainer_mode == "one_step_off" else 0}:
+            raise RuntimeError(
+                f"step {step} was given samples of the weights of version {sorted(step - 1 - n for n in behind)}, and "
+                f"the policy is version {step - 1}: the engine does not answer with the weights that it was given"
+            )
+        return max(behind)
 
-    def _seed(self, step: int) -> int:
-        return self.config.trainer.seed * 1_000_003 + step
-
-    def _sampling(self, settings: Any, *, greedy: bool = False) -> Sampling:
-        """`settings`: the section `rollout`, or its `val_kwargs`."""
-        greedy = greedy or settings.temperature == 0
-        return Sampling(
-            max_tokens=self.config.data.max_response_length, n=1 if greedy else settings.n,
-            temperature=0.0 if greedy else settings.temperature, top_k=-1 if greedy else settings.top_k,
-            top_p=1.0 if greedy else settings.top_p, stop_ids=_stop_ids(self.tokenizer, self.source.generation_config),
-        )  # fmt: skip
-
-    def _score(
-        self,
-        prompts: list[Prompt],
-        rollouts: list[Rollout],
-        samples: Samples | None = None,
-        step: int = 0,
-        split: str = "",
-    ) -> list[Score]:
-        """The score of each rollout; what was said goes to `samples`."""
-        texts = [self.tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in rollouts]
-        owners = [prompts[r.group] for r in rollouts]
-        scores = self.scorer([
-            Sample(prompt=p.text, response=text, ground_truth=p.ground_truth, data_source=p.data_source,
-                   extra_info=p.extra_info, response_length=len(r.token_ids), finished=r.finished, messages=p.messages)
-            for p, r, text in zip(owners, rollouts, texts, strict=True)
-        ])  # fmt: skip
-        if samples is not None:
-            samples.log(step, split=split, prompts=[p.text for p in owners], responses=texts,
-                        ground_truths=[p.ground_truth for p in owners], rewards=[s.reward for s in scores],
-                        data_sources=[p.data_source for p in owners])  # fmt: skip
-        return scores
+    def _log(self, samples: Samples, step: int, split: str, e: Experience) -> None:
+        owners = [e.prompts[r.group] for r in e.rollouts]
+        samples.log(step, split=split, prompts=[p.text for p in owners], responses=e.texts,
+                    ground_truths=[p.ground_truth for p in owners], rewards=[s.reward for s in e.scores],
+                    data_sources=[p.data_source for p in owners])  # fmt: skip
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -286,7 +286,7 @@ def test_a_shipped_config_loads(path):
 SECTIONS = {name: cls for name, cls in vars(config_module).items() if dataclasses.is_dataclass(cls)}
 FOLDERS = ("jaxrl", "jaxrl/config", "jaxrl/rollout", "scripts")  # the floors that may see a config
 READERS = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
-ONLY_CHECKS = {"check", "_check_positive", "_check_vllm", "describe"}
+ONLY_CHECKS = {"check", "_check_positive", "_check_sampling", "_check_vllm", "describe"}
 
 
 class Reads(ast.NodeVisitor):
@@ -332,7 +332,7 @@ class Reads(ast.NodeVisitor):
         outside, self.where = self.where, node.name
         for parameter in [*node.args.args, *node.args.kwonlyargs]:
             annotation = ast.unparse(parameter.annotation) if parameter.annotation else ""
-            self.learn(self.where, parameter.arg, {annotation} & SECTIONS.keys())
+            self.learn(self.where, parameter.arg, set(annotation.split(" | ")) & SECTIONS.keys())
             if parameter.arg == "self":
                 self.learn(self.where, "self", {self.owner} & SECTIONS.keys())
         self.parameters[node.name] = [p.arg for p in node.args.args if p.arg != "self"]

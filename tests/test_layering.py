@@ -25,7 +25,7 @@ FLOORS = [
     {"weights", "rollout", "optimizer", "checkpoint", "metrics", "loggers"},
     {"update", "prepare", "weights.sync"},
     {"rollout.vllm_engine", "rollout.vllm_publication"},
-    {"roles", "reward_model", "learner", "trainer", "plan"},
+    {"roles", "reward_model", "collector", "ahead", "learner", "trainer", "plan"},
 ]
 
 # Who may import a library, and where: in the whole file, or only within functions (so that it is optional).

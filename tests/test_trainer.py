@@ -48,7 +48,11 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def settings(model, tmp_path):
-    """A config as a dict, with `overrides` on top by dotted name."""
+    return settings_in(tmp_path, model)
+
+
+def settings_in(tmp_path: Path, model: Path):
+    """Makes configs as dicts, with `overrides` on top by dotted name."""
     (tmp_path / "reward.py").write_text(REWARD)
     rows = [{"prompt": f"{a}+{b}=", "data_source": "sums"} for a in range(6) for b in range(4)]
     for split, part in (("train", rows[:16]), ("val", rows[16:])):

@@ -13,9 +13,11 @@ from .settings import (
     Config,
     CriticSection,
     Data,
+    FilterGroups,
     KLCtrl,
     MeshSection,
     Model,
+    MultiTurn,
     Optim,
     PolicyLossSection,
     Ref,
@@ -30,8 +32,8 @@ from .settings import (
 )
 
 __all__ = [
-    "CHOICES", "MAY_CHANGE", "Actor", "Algorithm", "Config", "CriticSection", "Data", "KLCtrl", "MeshSection", "Model",
-    "Optim", "PolicyLossSection", "Ref", "Reward", "RewardFunction", "RewardModelSection", "RolloutCorrection",
-    "RolloutSection", "TrainerSection", "ValKwargs", "VllmSection", "check", "describe", "differences", "flat",
-    "from_dict", "load", "save", "to_dict",
+    "CHOICES", "MAY_CHANGE", "Actor", "Algorithm", "Config", "CriticSection", "Data", "FilterGroups", "KLCtrl",
+    "MeshSection", "Model", "MultiTurn", "Optim", "PolicyLossSection", "Ref", "Reward", "RewardFunction",
+    "RewardModelSection", "RolloutCorrection", "RolloutSection", "TrainerSection", "ValKwargs", "VllmSection", "check",
+    "describe", "differences", "flat", "from_dict", "load", "save", "to_dict",
 ]  # fmt: skip

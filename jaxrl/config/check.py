@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "rollout.vllm.publish": ("merged", "adapter"),
     "reward.on_error": ("report", "raise"),
     "algorithm.rollout_correction.rollout_is": (None, "token", "sequence"),
+    "trainer.trainer_mode": ("sync", "one_step_off"),
     "trainer.resume_mode": ("auto", "disable", "resume_path"),
 }
 
@@ -64,6 +65,7 @@ def check(c: Config) -> None:
         raise ValueError(
             "algorithm.rollout_correction.bypass_mode leaves nothing to correct: unset it, or rollout_is and rollout_rs"
         )
+    _check_sampling(c)
     if c.rollout.val_kwargs.temperature == 0 and c.rollout.val_kwargs.n > 1:
         raise ValueError("rollout.val_kwargs.n above 1 needs rollout.val_kwargs.temperature above 0")
     wrong = [name for name in c.model.lora_targets if name not in LORA_TARGETS]
@@ -95,6 +97,28 @@ def _check_vllm(c: Config) -> None:
         )
 
 
+def _check_sampling(c: Config) -> None:
+    correction, filtered = c.algorithm.rollout_correction, c.algorithm.filter_groups
+    if c.trainer.trainer_mode == "one_step_off" and not (
+        correction.bypass_mode or correction.rollout_is or correction.rollout_rs
+    ):
+        raise ValueError(
+            "trainer.trainer_mode one_step_off learns from samples of the weights before: set "
+            "algorithm.rollout_correction.rollout_is, for example token, or bypass_mode"
+        )
+    if correction.bypass_mode and c.algorithm.use_kl_in_reward and (c.rollout.top_p < 1 or c.rollout.top_k > 0):
+        raise ValueError(
+            "algorithm.use_kl_in_reward needs logprobs of the whole distribution, and with rollout.top_p or top_k an "
+            "engine has those of the truncated one: set algorithm.rollout_correction.bypass_mode=false"
+        )
+    if filtered.enable and c.rollout.n == 1:
+        raise ValueError("algorithm.filter_groups compares the responses of a group: set rollout.n above 1")
+    if filtered.max_num_gen_batches < 0:
+        raise ValueError(
+            f"algorithm.filter_groups.max_num_gen_batches {filtered.max_num_gen_batches} must be 0 (no limit) or above"
+        )
+
+
 def _check_positive(c: Config) -> None:
     numbers = {
         "data.max_prompt_length": c.data.max_prompt_length,
@@ -107,6 +131,8 @@ def _check_positive(c: Config) -> None:
         "rollout.vllm.start_timeout_s": c.rollout.vllm.start_timeout_s,
         "rollout.vllm.load_timeout_s": c.rollout.vllm.load_timeout_s,
         "rollout.vllm.stall_timeout_s": c.rollout.vllm.stall_timeout_s,
+        "rollout.multi_turn.max_assistant_turns": c.rollout.multi_turn.max_assistant_turns,
+        "rollout.multi_turn.timeout_s": c.rollout.multi_turn.timeout_s,
         "rollout.val_kwargs.n": c.rollout.val_kwargs.n,
         "rollout.temperature": c.rollout.temperature,
         "actor.ppo_epochs": c.actor.ppo_epochs,

@@ -79,6 +79,14 @@ class VllmSection:
 
 
 @dataclass(frozen=True)
+class MultiTurn:
+    function: str | None = None  # path/to/file.py:function, asked after each turn of the model; None: one turn
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    max_assistant_turns: int | None = None  # None: as many as data.max_response_length has room for
+    timeout_s: float = 10.0  # of one call
+
+
+@dataclass(frozen=True)
 class RolloutSection:
     engine: str = "jax"  # or vllm
     n: int = 1  # responses a prompt
@@ -88,6 +96,7 @@ class RolloutSection:
     max_num_seqs: int = 1024  # sequences that decode together
     val_kwargs: ValKwargs = field(default_factory=ValKwargs)
     vllm: VllmSection = field(default_factory=VllmSection)
+    multi_turn: MultiTurn = field(default_factory=MultiTurn)
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,15 @@ class RolloutCorrection:
 
 
 @dataclass(frozen=True)
+class FilterGroups:
+    """DAPO's dynamic sampling: groups whose responses all earned the same are left out, and others sampled for them."""
+
+    enable: bool = False
+    metric: str = "score"  # what must differ within a group: the score, or a number that the reward returns (acc)
+    max_num_gen_batches: int = 0  # batches of prompts that a step may use up; 0: no limit
+
+
+@dataclass(frozen=True)
 class Algorithm:
     adv_estimator: str = "gae"
     gamma: float = 1.0
@@ -142,6 +160,7 @@ class Algorithm:
     kl_penalty: str = "kl"
     kl_ctrl: KLCtrl = field(default_factory=KLCtrl)
     rollout_correction: RolloutCorrection = field(default_factory=RolloutCorrection)
+    filter_groups: FilterGroups = field(default_factory=FilterGroups)
 
 
 @dataclass(frozen=True)
@@ -214,6 +233,7 @@ class TrainerSection:
     run_dir: str | None = None  # None: runs/<experiment_name>
     total_epochs: int = 30
     total_training_steps: int | None = None
+    trainer_mode: str = "sync"  # one_step_off: the next step's responses are generated while this one's train
     critic_warmup: int = 0  # steps before the first actor update
     save_freq: int = -1  # steps between checkpoints, and one at the end; -1: none
     max_ckpt_to_keep: int | None = 1

@@ -56,7 +56,7 @@ def load(name: str, kwargs: Mapping[str, Any], *, timeout_s: float, max_concurre
     if name in REWARDS:
         make = REWARDS[name].make
         check_arguments(f"reward {name}", make, kwargs)
-        return _one_by_one(make(**kwargs))
+        return one_by_one(make(**kwargs))
     function = import_function(name, "reward")
     parameters = inspect.signature(function).parameters
     of_batch = [key for key in _OF_BATCH if key in parameters]
@@ -81,14 +81,14 @@ def load(name: str, kwargs: Mapping[str, Any], *, timeout_s: float, max_concurre
         loop = asyncio.Runner() if is_async else None
         return _whole_batch(lambda samples: loop.run(call_batch(samples)) if loop else call_batch(samples))
     if is_async:
-        return _concurrently(call_sample, timeout_s, max_concurrent)
-    return _one_by_one(call_sample)
+        return concurrently(call_sample, timeout_s, max_concurrent)
+    return one_by_one(call_sample)
 
 
-def _one_by_one(call: Callable[[Sample], Any]) -> RewardFunction:
-    def run(samples: list[Sample], emit: Emit) -> None:
+def one_by_one(call: Callable[[Any], Any], result_of: Callable[[Any], Any] = score_of) -> RewardFunction:
+    def run(samples: list[Any], emit: Emit) -> None:
         for place, sample in enumerate(samples):
-            emit(place, score_one(call, sample))
+            emit(place, score_one(call, sample, result_of))
 
     return RewardFunction("sample", run)
 
@@ -110,22 +110,24 @@ def _whole_batch(call: Callable[[list[Sample]], Any]) -> RewardFunction:
     return RewardFunction("batch", run)
 
 
-def _concurrently(call: Callable[[Sample], Any], timeout_s: float, max_concurrent: int) -> RewardFunction:
+def concurrently(
+    call: Callable[[Any], Any], timeout_s: float, max_concurrent: int, result_of: Callable[[Any], Any] = score_of
+) -> RewardFunction:
     loop = asyncio.Runner()  # one loop for the life of the worker, so that a user's HTTP client may live as long
 
-    async def score(sample: Sample) -> Score:
+    async def score(sample: Any) -> Any:
         limit = asyncio.timeout(timeout_s)
         try:
             async with limit:
                 result = await call(sample)
         except (Exception, asyncio.CancelledError) as error:
             return timed_out(timeout_s) if limit.expired() else failed(describe(error))
-        return score_of(result)
+        return result_of(result)
 
-    async def score_all(samples: list[Sample], emit: Emit) -> None:
+    async def score_all(samples: list[Any], emit: Emit) -> None:
         slots = asyncio.Semaphore(max_concurrent)
 
-        async def score_in_turn(place: int, sample: Sample) -> None:
+        async def score_in_turn(place: int, sample: Any) -> None:
             async with slots:
                 emit(place, await score(sample))
 

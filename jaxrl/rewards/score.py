@@ -72,15 +72,6 @@ def _combine_one(parts: dict[str, Score], weights: Mapping[str, float], error_re
     return Score(math.fsum(weights[name] * score.reward for name, score in parts.items()), metrics)
 
 
-def score_one(function: Callable[[Sample], Any], sample: Sample) -> Score:
-    """The score that `function` gives to `sample`; what it raises becomes the score's error."""
-    try:
-        result = function(sample)
-    except Exception as error:
-        return failed(describe(error))
-    return score_of(result)
-
-
 def score_of(result: Any) -> Score:
     """A `Score` from what a reward function returned: a number, a bool, or a dict with "score" and further metrics.
 
@@ -100,6 +91,15 @@ def score_of(result: Any) -> Score:
         kind = type(reward).__name__
         return failed(f"it returned {_shorten(repr(reward), 80)} ({kind}) as the score, which is not a finite number")
     return Score(number, metrics)
+
+
+def score_one(function: Callable[[Any], Any], sample: Any, result_of: Callable[[Any], Any] = score_of) -> Any:
+    """The score that `function` gives to `sample`; what it raises becomes the score's error."""
+    try:
+        result = function(sample)
+    except Exception as error:
+        return failed(describe(error))
+    return result_of(result)
 
 
 def _number(value: Any) -> float:

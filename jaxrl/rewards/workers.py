@@ -1,4 +1,4 @@
-"""Worker processes for rewards that may hang or crash: the user's own functions and those that evaluate mathematics.
+"""Worker processes for functions that may hang or crash: a user's own, and the rewards that evaluate mathematics.
 
 A pool hands samples to its processes and collects their scores. A process that gives no answer in time is killed, with
 whatever it started, and replaced; so is one that dies. Its samples get an error, all others their score.
@@ -15,13 +15,13 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from jaxrl.rewards.custom import Kind, load, timed_out
-from jaxrl.rewards.score import Sample, Score, describe, failed
+from jaxrl.rewards.custom import Kind, RewardFunction, load, timed_out
+from jaxrl.rewards.score import Score, describe, failed
 
 _START_TIMEOUT_S = 300.0  # for importing a user's file, which may load a model
 _SLACK_S = 1.0  # an event loop's own time limit acts first, and only a blocked loop runs into ours
@@ -35,14 +35,16 @@ class WorkerPool:
     """Scores samples with one reward in `num_workers` processes.
 
     `timeout_s` is the time for one sample; for a function that takes whole batches, for one call. Functions of whole
-    batches and async functions (`max_concurrent` samples at once) need one process only.
+    batches and async functions (`max_concurrent` samples at once) need one process only. With another `load`, a function
+    of a module, samples and results are what that makes of them; a sample that failed has a `Score` with the error.
     """
 
     def __init__(
-        self, name: str, kwargs: Mapping[str, Any], *, timeout_s: float, num_workers: int, max_concurrent: int
-    ):
-        self._timeout_s = timeout_s
-        self._setup = (name, dict(kwargs), timeout_s, max_concurrent)
+        self, name: str, kwargs: Mapping[str, Any], *, timeout_s: float, num_workers: int, max_concurrent: int,
+        load: Callable[..., RewardFunction] = load, what: str = "reward",
+    ):  # fmt: skip
+        self._timeout_s, self._what = timeout_s, what
+        self._setup = (load, name, dict(kwargs), timeout_s, max_concurrent)
         self._workers = [_Worker(self._setup)]
         try:
             while not self._workers[0].ready:  # it tells whether the reward loads at all, and what kind it is
@@ -55,7 +57,7 @@ class WorkerPool:
         if self._kind == "sample":
             self._workers += [_Worker(self._setup) for _ in range(num_workers - 1)]
 
-    def score(self, samples: Sequence[Sample]) -> list[Score]:
+    def score(self, samples: Sequence[Any]) -> list[Any]:
         """One score for each sample, in their order."""
         assert self._workers, "this scorer is closed"
         numbers = list(range(len(samples)))
@@ -105,7 +107,7 @@ class WorkerPool:
 
     def _give_up(self, worker: _Worker, score: Score) -> dict[int, Score]:
         if not worker.ready:
-            raise ValueError(f"reward {self._setup[0]} could not be started: {score.error}.")
+            raise ValueError(f"{self._what} {self._setup[1]} could not be started: {score.error}.")
         self._replace(worker)
         return dict.fromkeys(worker.pending, score)
 
@@ -118,7 +120,7 @@ class _Worker:
 
     kind: Kind  # known once it is ready
 
-    def __init__(self, setup: tuple[str, dict[str, Any], float, int]):
+    def __init__(self, setup: tuple[Callable[..., RewardFunction], str, dict[str, Any], float, int]):
         self.connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -129,7 +131,7 @@ class _Worker:
                 # The trainer owns the accelerator; and the order of sets, on which sympy's path may depend, is fixed.
                 env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "0"},
             )
-        self._timeout_s = setup[2]
+        self._timeout_s = setup[3]
         self.ready = False
         self.deadline = time.monotonic() + _START_TIMEOUT_S
         self._job: list[int] = []
@@ -137,7 +139,7 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # a process that is already dead shows as such when we wait for it
             self.connection.send(setup)
 
-    def give(self, job: list[int], samples: list[Sample]) -> dict[int, Score]:
+    def give(self, job: list[int], samples: list[Any]) -> dict[int, Score]:
         """Starts the process on `samples`; the scores of those that cannot be sent to it."""
         try:
             message = pickle.dumps(samples)
@@ -186,11 +188,11 @@ def serve(fd: int) -> None:
 
 
 def _serve(connection: Connection) -> None:
-    name, kwargs, timeout_s, max_concurrent = connection.recv()
+    load, name, kwargs, timeout_s, max_concurrent = connection.recv()
     try:
         function = load(name, kwargs, timeout_s=timeout_s, max_concurrent=max_concurrent)
     except Exception as error:
-        problem = str(error) if isinstance(error, ValueError) else f"reward {name}: {describe(error)}."
+        problem = str(error) if isinstance(error, ValueError) else f"{name}: {describe(error)}."
         connection.send((None, problem, traceback.format_exc()))
         return
     connection.send((function.kind, None, None))

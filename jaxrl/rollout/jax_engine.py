@@ -61,12 +61,11 @@ class JaxEngine:
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, report: Report | None = None
     ) -> list[Rollout]:
         assert self.weights is not None, "generate before the first update_weights"
-        sampling.refuse(("stop", "bad_words", "guided", "max_tokens_each"), "jax")
-        for prompt in prompts:
-            check_prompt(
-                prompt, sampling.max_tokens, context=self.config.max_position, vocab_size=self.config.vocab_size
-            )
-        responses = _Responses(len(prompts) * sampling.n, sampling.max_tokens)
+        sampling.refuse(("stop", "bad_words", "guided"), "jax")
+        limits = np.array(sampling.max_tokens_each or [sampling.max_tokens] * len(prompts), np.int64)
+        for prompt, limit in zip(prompts, limits, strict=True):
+            check_prompt(prompt, int(limit), context=self.config.max_position, vocab_size=self.config.vocab_size)
+        responses = _Responses(np.repeat(limits, sampling.n))
         # Prompts of like length together: a batch is as long as its longest.
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p].token_ids))
         sequences = np.array([p * sampling.n + i for p in order for i in range(sampling.n)], np.int64)
@@ -148,9 +147,11 @@ class JaxEngine:
 
 
 class _Responses:
-    """What has been drawn, on the host, by the number of the sequence."""
+    """What has been drawn, on the host, by the number of the sequence, of which each ends at its limit."""
 
-    def __init__(self, num: int, max_tokens: int):
+    def __init__(self, limits: np.ndarray):
+        num, max_tokens = len(limits), int(limits.max(initial=1))
+        self.limits = limits
         self.ids, self.logprobs = np.zeros((num, max_tokens), np.int32), np.zeros((num, max_tokens), np.float32)
         self.lengths, self.done = np.zeros(num, np.int64), np.zeros(num, bool)
 
@@ -161,8 +162,8 @@ class _Responses:
         here, rows = slice(filled, filled + taken), owner[real]
         self.ids[rows, here] = batch.ids[real, :taken]
         self.logprobs[rows, here] = batch.logprobs[real, :taken]
-        self.lengths[rows] += batch.counts[real]
-        done = batch.done | (filled + taken >= self.ids.shape[1])
+        self.lengths[rows] = np.minimum(self.lengths[rows] + batch.counts[real], self.limits[rows])
+        done = batch.done | (filled + taken >= np.where(real, self.limits[owner], 0))
         self.done[rows] = done[real]
         return taken, done
 

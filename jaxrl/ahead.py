@@ -1,0 +1,110 @@
+"""One step ahead: the experience of the next step is collected in a thread while this one's trains.
+
+What is collected during step k is learned from in step k + 1. It comes from the weights that step k began with, so its
+samples are one version old, and never more: the engine takes new weights only between two steps, after `wait`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from .batch import Prompt, Rollout
+from .collector import Experience
+from .progress import Progress
+from .rewards import Score
+
+Arrays = dict[str, np.ndarray]
+
+
+class Ahead:
+    """Hands out the experience of each step up to `last`: with `ahead` before it is asked for, else when it is."""
+
+    def __init__(self, collect: Callable[[int, Progress], Experience], *, ahead: bool, last: int):
+        self._collect, self._ahead, self._last = collect, ahead, last
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collect")
+        self._pending: Future[Experience] | None = None
+        self.ready: Experience | None = None  # of the next step, if it is there
+
+    def take(self, step: int, progress: Progress, seconds: dict[str, float]) -> Experience:
+        """The experience of `step`; begins with the next one's. What was collected here and now is added to `seconds`."""
+        assert self._pending is None, "take before wait"
+        experience, self.ready = self.ready, None
+        if experience is None:
+            experience = self._collect(step, progress)
+            _add(seconds, experience.seconds)
+        if self._ahead and step < self._last:
+            self._pending = self._thread.submit(self._collect, step + 1, progress)
+        return experience
+
+    def wait(self, seconds: dict[str, float]) -> dict[str, float]:
+        """Until the engine is idle. `perf/overlap_s` is how long it worked while something else did."""
+        if self._pending is None:
+            return {}
+        start = time.perf_counter()
+        pending, self._pending = self._pending, None
+        self.ready = pending.result()
+        waited = time.perf_counter() - start
+        _add(seconds, self.ready.seconds | {"wait": waited})
+        return {"perf/overlap_s": max(0.0, self.ready.seconds["collect"] - waited)}
+
+    def close(self) -> None:
+        """Waits for what is under way, and forgets it."""
+        self._thread.shutdown()
+        self._pending = None
+
+    # What a checkpoint holds, so that a run goes on with the very samples that were waiting.
+
+    def state(self, shapes: dict[str, np.ndarray]) -> tuple[Arrays, dict[str, Any] | None]:
+        """Arrays of the shapes and dtypes of `array_shapes`, and the rest as JSON; zeros and None where nothing waits."""
+        if (e := self.ready) is None:
+            return shapes, None
+        arrays = {name: x.copy() for name, x in shapes.items()}
+        for b, rollout in enumerate(e.rollouts):
+            length = len(rollout.token_ids)
+            arrays["token_ids"][b, :length] = rollout.token_ids
+            arrays["logprobs"][b, :length] = rollout.logprobs
+            arrays["response_mask"][b, :length] = rollout.response_mask
+        return arrays, {
+            "prompts": [prompt.index for prompt in e.prompts],
+            "rollouts": [[r.group, len(r.token_ids), r.finished, r.weights_version, r.num_turns] for r in e.rollouts],
+            "scores": [[score.reward, score.metrics, score.error] for score in e.scores],
+            "texts": e.texts, "baselines": None if e.baselines is None else e.baselines.tolist(), "epoch": e.epoch,
+            "metrics": e.metrics,
+        }  # fmt: skip
+
+    def restore(self, arrays: Arrays, meta: dict[str, Any] | None, prompt_of: Callable[[int], Prompt]) -> None:
+        """`prompt_of` gives the prompt of a row of the dataset."""
+        if meta is None:
+            return
+        rollouts = [
+            Rollout(
+                group, arrays["token_ids"][b, :length], arrays["logprobs"][b, :length], finished, version,
+                arrays["response_mask"][b, :length], num_turns,
+            )
+            for b, (group, length, finished, version, num_turns) in enumerate(meta["rollouts"])
+        ]  # fmt: skip
+        scores = [Score(reward, metrics, error) for reward, metrics, error in meta["scores"]]
+        baselines = None if meta["baselines"] is None else np.array(meta["baselines"], np.float32)
+        prompts = [prompt_of(index) for index in meta["prompts"]]
+        self.ready = Experience(
+            prompts, rollouts, scores, meta["texts"], baselines, meta["epoch"], meta["metrics"], {"collect": 0.0}
+        )
+
+
+def empty_arrays(num_sequences: int, max_tokens: int) -> Arrays:
+    """What `Ahead.state` fills: of these shapes and dtypes is a checkpoint."""
+    shape = (num_sequences, max_tokens)
+    return {
+        "token_ids": np.zeros(shape, np.int32), "logprobs": np.zeros(shape, np.float32),
+        "response_mask": np.zeros(shape, bool),
+    }  # fmt: skip
+
+
+def _add(seconds: dict[str, float], more: dict[str, float]) -> None:
+    for phase, s in more.items():
+        seconds[phase] = seconds.get(phase, 0.0) + s

@@ -1,0 +1,153 @@
+"""The half of a step that collects: the next prompts, their responses, and what these earned.
+
+`Collector.collect` needs of the run nothing but the weights that the engine has. So it can be asked for the next step's
+experience while this one's trains (`ahead.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from .batch import Prompt, Rollout
+from .config import Config, RolloutSection, ValKwargs
+from .data import PromptLoader
+from .metrics import Timer
+from .progress import Progress
+from .rewards import Sample, Score, Scorer
+from .rollout.engine import Sampling
+from .rollout.turns import SEED_STRIDE
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What a step learns from."""
+
+    prompts: list[Prompt]  # P of them
+    rollouts: list[Rollout]  # B = P x G, in the order of the prompts
+    scores: list[Score]  # [B]
+    texts: list[str]  # [B] responses without special tokens
+    baselines: np.ndarray | None  # float32 [P], scores of greedy responses, where the estimator asks for them
+    epoch: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+
+
+def sampling_of(
+    settings: RolloutSection | ValKwargs, *, max_tokens: int, stop_ids: tuple[int, ...], greedy: bool = False
+) -> Sampling:
+    """How the section `rollout`, or its `val_kwargs`, says to sample."""
+    if greedy or settings.temperature == 0:
+        return Sampling(max_tokens=max_tokens, temperature=0.0, stop_ids=stop_ids)
+    return Sampling(
+        max_tokens=max_tokens, n=settings.n, temperature=settings.temperature, top_k=settings.top_k,
+        top_p=settings.top_p, stop_ids=stop_ids,
+    )  # fmt: skip
+
+
+class Collector:
+    """`generate` is an engine's, or that of `turns.Turns`."""
+
+    def __init__(
+        self, config: Config, generate: Callable[..., list[Rollout]], scorer: Scorer, loader: PromptLoader,
+        tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...], needs_baselines: bool,
+    ):  # fmt: skip
+        self.config, self.generate, self.scorer, self.loader, self.tokenizer = (
+            config, generate, scorer, loader, tokenizer
+        )  # fmt: skip
+        self.stop_ids, self.needs_baselines = stop_ids, needs_baselines
+
+    def collect(self, step: int, progress: Progress) -> Experience:
+        """The experience of a step: the same for the same weights and position in the data, whenever it is asked for."""
+        c, timer, seed = self.config, Timer(), self.config.trainer.seed * 1_000_003 + step
+        sampling = self._sampling(c.rollout)
+        with timer("collect"):
+            chosen = self._answered(next(self.loader), sampling, seed, progress, timer)
+            metrics: dict[str, float] = {}
+            if c.algorithm.filter_groups.enable:
+                chosen, metrics = self._fill_up(chosen, sampling, seed, progress, timer)
+            prompts, rollouts, texts, scores = chosen
+            baselines = None
+            if self.needs_baselines:
+                with timer("gen"):
+                    greedy = self.generate(prompts, self._sampling(c.rollout, greedy=True), seed=0)
+                with timer("reward"):
+                    rewards = [score.reward for score in self.score(prompts, greedy)[1]]
+                baselines = np.array(rewards, np.float32)
+        return Experience(prompts, rollouts, scores, texts, baselines, self.loader.epoch, metrics, timer.seconds)
+
+    def held_out(self, prompts: list[Prompt]) -> Experience:
+        """The answers to a validation set, as `rollout.val_kwargs` says."""
+        rollouts = self.generate(prompts, self._sampling(self.config.rollout.val_kwargs), seed=self.config.trainer.seed)
+        texts, scores = self.score(prompts, rollouts)
+        return Experience(prompts, rollouts, scores, texts, None, self.loader.epoch)
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[str], list[Score]]:
+        """The text of each rollout, without special tokens, and what it earned."""
+        texts = [str(self.tokenizer.decode(r.token_ids, skip_special_tokens=True)) for r in rollouts]
+        owners = [prompts[r.group] for r in rollouts]
+        return texts, self.scorer([
+            Sample(prompt=p.text, response=text, ground_truth=p.ground_truth, data_source=p.data_source,
+                   extra_info=p.extra_info, response_length=len(r.token_ids), finished=r.finished, messages=p.messages)
+            for p, r, text in zip(owners, rollouts, texts, strict=True)
+        ])  # fmt: skip
+
+    def _sampling(self, settings: RolloutSection | ValKwargs, *, greedy: bool = False) -> Sampling:
+        most = self.config.data.max_response_length
+        return sampling_of(settings, max_tokens=most, stop_ids=self.stop_ids, greedy=greedy)
+
+    def _answered(self, prompts: list[Prompt], sampling: Sampling, seed: int, progress: Progress, timer: Timer):
+        with timer("gen"), progress.generation(len(prompts) * sampling.n) as report:
+            rollouts = self.generate(prompts, sampling, seed=seed, report=report)
+        with timer("reward"):
+            texts, scores = self.score(prompts, rollouts)
+        return prompts, rollouts, texts, scores
+
+    def _fill_up(self, answered: Any, sampling: Sampling, seed: int, progress: Progress, timer: Timer):
+        """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2): groups whose responses all earned the same teach
+        nothing. They are left out, and more prompts are answered until there are enough for a step."""
+        f, wanted = self.config.algorithm.filter_groups, self.config.data.train_batch_size
+        prompts, rollouts, texts, scores = [], [], [], []
+        num_batches = num_seen = 0
+        while True:
+            num_batches, num_seen = num_batches + 1, num_seen + len(answered[0])
+            for group in _groups_that_differ(answered[1], answered[3], f.metric):
+                if len(prompts) < wanted:
+                    prompts.append(answered[0][answered[1][group[0]].group])
+                    rollouts += [replace(answered[1][b], group=len(prompts) - 1) for b in group]
+                    texts += [answered[2][b] for b in group]
+                    scores += [answered[3][b] for b in group]
+            if len(prompts) == wanted:
+                break
+            if num_batches == f.max_num_gen_batches:
+                raise ValueError(
+                    f"after {num_batches} batches of prompts only {len(prompts)} of {wanted} groups have responses that "
+                    f"differ in {f.metric}: the problems are too easy or too hard for the model, or raise "
+                    "algorithm.filter_groups.max_num_gen_batches (0: no limit)"
+                )
+            again = seed + num_batches * SEED_STRIDE * 1009  # other numbers than those of a later turn
+            answered = self._answered(next(self.loader), sampling, again, progress, timer)
+        metrics = {"train/num_gen_batches": float(num_batches), "train/num_prompts_sampled": float(num_seen)}
+        return (prompts, rollouts, texts, scores), metrics
+
+
+def _groups_that_differ(rollouts: Sequence[Rollout], scores: Sequence[Score], metric: str) -> list[list[int]]:
+    """The responses, by group, of the groups in which not all have the same value of `metric`."""
+    groups: dict[int, list[int]] = {}
+    for b, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.group, []).append(b)
+    values = [_value(score, metric) for score in scores]
+    return [group for group in groups.values() if len({values[b] for b in group}) > 1]
+
+
+def _value(score: Score, metric: str) -> float:
+    if metric == "score":
+        return score.reward
+    if metric not in score.metrics:
+        known = ", ".join(["score", *score.metrics])
+        raise ValueError(f"algorithm.filter_groups.metric {metric!r} is not among what the reward returns: {known}")
+    return score.metrics[metric]
