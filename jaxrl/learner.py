@@ -127,12 +127,10 @@ class Learner:
     def _pack(self, sequences: Sequences, chosen: Sequence[int] | np.ndarray, max_tokens: int) -> Layout:
         """The chosen sequences in rows. Shapes depend on the config alone, so that nothing is compiled twice."""
         c = self.config
-        longest = c.data.max_prompt_length + c.data.max_response_length
-        most_rows = max_micro_batches(len(chosen), longest, c.row_length, num_row_shards(self.mesh))
-        rows = min(rows_of(c, self.mesh, max_tokens), most_rows * num_row_shards(self.mesh))
+        M, R, T = micro_batches_of(c, self.mesh, len(chosen), max_tokens)
         return pack(
-            sequences, chosen, row_length=c.row_length, rows_per_micro_batch=rows, share_prompt=c.trainer.share_prompt,
-            max_micro_batches=max_micro_batches(len(chosen), longest, c.row_length, rows),
+            sequences, chosen, row_length=T, rows_per_micro_batch=R, share_prompt=c.trainer.share_prompt,
+            max_micro_batches=M,
         )  # fmt: skip
 
     def _mini_batches(self, sequences: Sequences, epochs: int) -> list[np.ndarray]:
@@ -154,6 +152,14 @@ class Learner:
 def rows_of(c: Config, mesh: Mesh, max_tokens: int) -> int:
     """Packed rows of a micro-batch over all devices, of at most `max_tokens` on each."""
     return max(1, max_tokens // c.row_length) * num_row_shards(mesh)
+
+
+def micro_batches_of(c: Config, mesh: Mesh, num_sequences: int, max_tokens: int) -> tuple[int, int, int]:
+    """[M, R, T]: the shape in which any `num_sequences` sequences are trained on."""
+    longest = c.data.max_prompt_length + c.data.max_response_length
+    most_rows = num_row_shards(mesh) * max_micro_batches(num_sequences, longest, c.row_length, num_row_shards(mesh))
+    rows = min(rows_of(c, mesh, max_tokens), most_rows)
+    return max_micro_batches(num_sequences, longest, c.row_length, rows), rows, c.row_length
 
 
 def preparation_of(c: Config) -> Preparation:

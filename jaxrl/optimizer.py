@@ -16,6 +16,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
+from .offload import HOST_KIND, lies_on_host, to_device, to_host, waiting
+
 Tree = Any
 
 
@@ -74,28 +76,40 @@ def make_optimizer(
         # The step is computed from the moments that are kept, so that XLA updates them in place; choosing between whole
         # old and new states at the end costs a fourth more time and a copy of the parameters.
         finite = jnp.isfinite(norm)
-
-        def moment(decay: float, power: int, old: Tree) -> Tree:
-            old = optax.tree.cast(old, jnp.float32)
-            new = optax.tree.update_moment(grads, old, decay, power)
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-        mu, nu = moment(beta1, 1, state.mu), moment(beta2, 2, state.nu)
         num_updates = state.num_updates + 1
-        mu_hat, nu_hat = (optax.tree.bias_correction(m, beta, num_updates) for m, beta in ((mu, beta1), (nu, beta2)))
         lr = jnp.where(finite, lr, 0.0)
-        new_params = jax.tree.map(
-            lambda p, m, v: p - lr * (m / (jnp.sqrt(v) + eps) + weight_decay * p), params, mu_hat, nu_hat
-        )
-        if moments_dtype == "bfloat16":
-            mu, nu = optax.tree.cast(mu, jnp.bfloat16), _round_stochastically(nu, num_updates)
-        return new_params, OptState(jnp.where(finite, num_updates, state.num_updates), mu, nu), norm
+        corrections = 1 - beta1**num_updates, 1 - beta2**num_updates
+
+        def step(g: Array, p: Array, m: Array, v: Array, key: Array) -> tuple[Array, Array, Array]:
+            """One array, or one layer of it."""
+            m, v = m.astype(jnp.float32), v.astype(jnp.float32)
+            m = jnp.where(finite, (1 - beta1) * g + beta1 * m, m)
+            v = jnp.where(finite, (1 - beta2) * g**2 + beta2 * v, v)
+            m_hat, v_hat = (x / correction for x, correction in zip((m, v), corrections, strict=True))
+            p = p - lr * (m_hat / (jnp.sqrt(v_hat) + eps) + weight_decay * p)
+            if moments_dtype == "bfloat16":
+                m, v = m.astype(jnp.bfloat16), _round_stochastically(v, key)
+            return p, m, v
+
+        def of_leaf(path: tuple, *arrays: Array) -> tuple[Array, Array, Array]:
+            if not lies_on_host(arrays[2]):
+                return step(*arrays)
+            stacked = any(getattr(entry, "key", None) == "layers" for entry in path)
+            return _layer_by_layer(step, *arrays) if stacked else _whole(step, *arrays)
+
+        leaves, treedef = jax.tree.flatten(grads)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), num_updates), len(leaves))
+        stepped = jax.tree.map_with_path(of_leaf, grads, params, state.mu, state.nu, treedef.unflatten(list(keys)))
+        params, mu, nu = jax.tree.transpose(treedef, jax.tree.structure((0, 0, 0)), stepped)
+        return params, OptState(jnp.where(finite, num_updates, state.num_updates), mu, nu), norm
 
     return Optimizer(init, update)
 
 
-def abstract_state(optimizer: Optimizer, params: Tree) -> OptState:
-    """Shapes and shardings of the state, from those of the parameters: moments live where their parameter lives.
+def abstract_state(optimizer: Optimizer, params: Tree, *, on_host: bool = False) -> OptState:
+    """Shapes and shardings of the state, from those of the parameters: moments are split as their parameter is.
+
+    They live on the device, or with `on_host` wait in the memory of its host.
 
     `params` holds `jax.ShapeDtypeStruct`s with shardings (or arrays). What this returns is what checkpoints restore
     onto, and its shardings are the `out_shardings` of `jax.jit(optimizer.init)`.
@@ -103,16 +117,17 @@ def abstract_state(optimizer: Optimizer, params: Tree) -> OptState:
     state = jax.eval_shape(optimizer.init, params)
     shardings = jax.tree.map(lambda p: p.sharding, params)
     first = jax.tree.leaves(shardings)[0]
+    if first.memory_kind == HOST_KIND:
+        shardings = jax.tree.map(lambda s: s.with_memory_kind("device"), shardings)
     everywhere = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
 
     def place(leaf: Tree, sharding: Sharding) -> Tree:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return OptState(
-        num_updates=place(state.num_updates, everywhere),
-        mu=jax.tree.map(place, state.mu, shardings),
-        nu=jax.tree.map(place, state.nu, shardings),
-    )
+    mu, nu = (jax.tree.map(place, moments, shardings) for moments in (state.mu, state.nu))
+    if on_host:
+        mu, nu = waiting(mu), waiting(nu)
+    return OptState(place(state.num_updates, everywhere), mu, nu)
 
 
 def lr_schedule(
@@ -157,18 +172,29 @@ def _check_float32(params: Tree) -> None:
             )
 
 
-def _round_stochastically(moments: Tree, num_updates: Array) -> Tree:
+def _round_stochastically(x: Array, key: Array) -> Array:
     """float32 -> bfloat16, up or down with the probability that keeps the expectation."""
-    leaves, treedef = jax.tree.flatten(moments)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), num_updates), len(leaves))
+    # bfloat16 is the upper half of float32: noise below the cut carries into it in proportion to what is cut off.
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(upper, jnp.float32).astype(jnp.bfloat16)
 
-    def one(x: Array, key: Array) -> Array:
-        # bfloat16 is the upper half of float32: noise below the cut carries into it in proportion to what is cut off.
-        noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-        upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
-        return jax.lax.bitcast_convert_type(upper, jnp.float32).astype(jnp.bfloat16)
 
-    return treedef.unflatten([one(x, key) for x, key in zip(leaves, keys, strict=True)])
+def _whole(step: Callable, g: Array, p: Array, m: Array, v: Array, key: Array) -> tuple[Array, Array, Array]:
+    """A step on moments that come from host memory and go back to it."""
+    p, m, v = step(g, p, to_device(m), to_device(v), key)
+    return p, to_host(m), to_host(v)
+
+
+def _layer_by_layer(step: Callable, g: Array, p: Array, m: Array, v: Array, key: Array) -> tuple[Array, Array, Array]:
+    """The same for arrays [L, ...], so that no more than a layer's moments are on the device."""
+
+    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
+        new = _whole(step, at(g), *map(at, carry), jax.random.fold_in(key, i))
+        return tuple(jax.lax.dynamic_update_index_in_dim(x, n, i, 0) for x, n in zip(carry, new, strict=True))
+
+    return jax.lax.fori_loop(0, g.shape[0], body, (p, m, v))
 
 
 def _constant(progress: float, min_lr_ratio: float, num_cycles: float) -> float:

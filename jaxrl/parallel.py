@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Tree = Any
@@ -21,6 +22,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # Logical axis of a weight or activation -> mesh axes. A logical axis that is not here is replicated.
 RULES: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),
+    "tokens": ("tensor",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -54,13 +56,39 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
             f"mesh {shape[0]}x{shape[1]}x{shape[2]} takes {wanted} of the {len(devices)} devices, and of several processes "
             "each must take part with all of its own: raise mesh.data, or set one axis to -1"
         )
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
+    # On a torus of TPUs an axis of the mesh may be a part of a physical axis.
+    arranged = mesh_utils.create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def generation_mesh(mesh: Mesh, tensor: int | None) -> Mesh:
+    """The devices of a mesh in the layout of generation: `tensor` ways, and as many replicas; None: as they are.
+
+    The devices keep their order, so that one compiled program can move weights from one layout to the other.
+    """
+    if tensor is None or tensor == mesh.shape["tensor"]:
+        return mesh
+    if mesh.size % tensor:
+        raise ValueError(
+            f"rollout.tensor_model_parallel_size {tensor} does not divide the {mesh.size} devices of the mesh: set one of "
+            f"{', '.join(str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0)}"
+        )
+    devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Within it, the axis words in `models/` mean this mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(list(RULES.items())):
+        yield
+
+
+@contextmanager
+def within_replica() -> Iterator[None]:
+    """Within it, the axis words leave `data` alone: a program that is cut along it by hand."""
+    rules = {name: tuple(axis for axis in axes if axis != "data") for name, axes in RULES.items()}
+    with nn.logical_axis_rules(list(rules.items())):
         yield
 
 

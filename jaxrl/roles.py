@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import jax.numpy as jnp
 from .algorithms.choose import choose
 from .algorithms.kl import KL_ESTIMATORS
 from .algorithms.losses import POLICY_LOSSES
+from .compression import abstract_residual
 from .config import Config, Model, Optim
 from .models import decoder
 from .models.config import ModelConfig
+from .offload import waiting
 from .optimizer import Optimizer, abstract_state, lr_schedule, make_optimizer
 from .parallel import use_mesh, with_shardings
-from .update import Critic, Policy, PolicyLoss, TrainState, merge
+from .update import Compression, Critic, Policy, PolicyLoss, TrainState, merge
 from .weights.bnb import dequantized, packed_tensors
 from .weights.export import export_hf
 from .weights.hf_names import rows
@@ -40,71 +42,108 @@ log = logging.getLogger(__name__)
 class Roles:
     """Actor, critic and reference of a run: weights, optimizers, schedules, and the programs over them.
 
-    What is trained is loaded from the checkpoint of `model.path`, or with `resumed` left to `restore`. `critic_state` and
-    `ref` exist where the run needs them.
+    Made of shapes alone: a plan needs no more. `load` brings the weights (or `restore`, of what is trained). `critic*`
+    and `ref*` exist where the run needs them; `find` opens the model of a path.
     """
 
-    def __init__(
-        self, c: Config, mesh: jax.sharding.Mesh, source: Pretrained, *, steps: int, needs_critic: bool, resumed: bool
-    ):
-        self.mesh, self.needs_critic, self.source = mesh, needs_critic, source
-        self._make_actor(c, source, steps, resumed)
-        if c.needs_ref:
-            self._make_ref(c, source)
-        if needs_critic:
-            self._make_critic(c, source, steps, resumed)
+    actor: TrainState
+    actor_frozen: Tree
+    critic_state: TrainState
+    ref: Tree
 
-    def _make_actor(self, c: Config, source: Pretrained, steps: int, resumed: bool) -> None:
-        self.model = actor_config(c.model, source)
+    def __init__(
+        self,
+        c: Config,
+        mesh: jax.sharding.Mesh,
+        source: Pretrained,
+        *,
+        steps: int,
+        needs_critic: bool,
+        find: Callable[[str], Pretrained] = open_pretrained,
+    ):
+        self.mesh, self.needs_critic, self.needs_ref, self.source = mesh, needs_critic, c.needs_ref, source
+        self.seed = c.trainer.seed
+        self._describe_actor(c, steps)
+        if c.needs_ref:
+            self._describe_ref(c, find)
+        if needs_critic:
+            self._describe_critic(c, steps, find)
+
+    def _describe_actor(self, c: Config, steps: int) -> None:
+        self.model = actor_config(c.model, self.source)
         self.actor_optimizer = optimizer_of(c.actor.optim)
         self.policy = Policy(self.mesh, self.model, self.actor_optimizer, policy_loss(c))
         self.actor_lr = schedule_of(c.actor.optim, steps)
-        self.actor_abstract = abstract_variables(self.mesh, self.model, "lm")
-        self.has_adapters = "lora" in self.actor_abstract
+        abstract = abstract_variables(self.mesh, self.model, "lm")
+        self.has_adapters = "lora" in abstract
         if self.has_adapters:  # what does not train needs no float32
             frozen = abstract_variables(self.mesh, self.model, "lm", c.model.compute_dtype)["params"]
-            self.actor_abstract = {**self.actor_abstract, "params": frozen}
-        self.actor_frozen = load_frozen(source, self.model, self.actor_abstract) if self.has_adapters else {}
+            abstract = {**abstract, "params": frozen}
+        if "params" in c.actor.offload:
+            abstract = {**abstract, "params": waiting(abstract["params"])}
+        self.actor_abstract = abstract
+        self.actor_state = abstract_train_state(self.actor_optimizer, abstract, c.actor.offload, c.actor.optim)
+        self.policy.compression = compression_of(c.actor.optim)
+
+    def _describe_ref(self, c: Config, find: Callable[[str], Pretrained]) -> None:
+        self.ref_is_base = self.has_adapters and c.ref.path is None  # the model without its adapters
+        if self.ref_is_base:
+            return
+        plain = model_config(c.model, self.source.hf_config)
+        self.ref_source = self.source if c.ref.path is None else find(c.ref.path)
+        if model_config(c.model, self.ref_source.hf_config) != plain:
+            raise ValueError(f"ref.path {c.ref.path} is not of the shape of model.path {self.source.name}")
+        packed = self.model.packed
+        if packed is not None and packed_kernels(self.ref_source.checkpoint, plain) != packed:
+            raise ValueError(
+                f"ref.path {c.ref.path} does not hold the same kernels in 4 bits as model.path {self.source.name}: leave "
+                "it out, and the reference is the model without its adapters"
+            )
+        self.ref_model = dataclasses.replace(plain, packed=packed)
+        self.ref_abstract = abstract_variables(self.mesh, self.ref_model, "lm", c.model.compute_dtype)
+        if "params" in c.ref.offload:
+            self.ref_abstract = {**self.ref_abstract, "params": waiting(self.ref_abstract["params"])}
+
+    def _describe_critic(self, c: Config, steps: int, find: Callable[[str], Pretrained]) -> None:
+        self.critic_source = self.source if c.critic.path is None else find(c.critic.path)
+        layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
+        config = model_config(c.model, self.critic_source.hf_config, score_bias=True, **layers)
+        self.critic_optimizer = optimizer_of(c.critic.optim)
+        self.critic = Critic(self.mesh, config, self.critic_optimizer, c.critic.cliprange_value)
+        self.critic_lr = schedule_of(c.critic.optim, steps)
+        self.critic_weights = abstract_variables(self.mesh, config, "score")
+        if "params" in c.critic.offload:
+            self.critic_weights = {"params": waiting(self.critic_weights["params"])}
+        self.critic_abstract = abstract_train_state(
+            self.critic_optimizer, self.critic_weights, c.critic.offload, c.critic.optim
+        )
+        self.critic.compression = compression_of(c.critic.optim)
+
+    def load(self, *, resumed: bool) -> None:
+        """The weights of every role, from the checkpoints of their paths; with `resumed`, not of what is trained."""
+        self.actor_frozen = load_frozen(self.source, self.model, self.actor_abstract) if self.has_adapters else {}
+        if self.needs_ref:
+            self.ref = self.actor_frozen
+            if not self.ref_is_base:
+                self.ref = load_frozen(self.ref_source, self.ref_model, self.ref_abstract)
         if resumed:
             return
-        if source.adapter is not None:
-            trained = {"lora": load_lora(source.adapter, self.model, self.actor_abstract["lora"])}
+        if self.source.adapter is not None:
+            trained = {"lora": load_lora(self.source.adapter, self.model, self.actor_abstract["lora"])}
         elif self.has_adapters:
-            trained = {"lora": fresh_adapters(self.mesh, self.model, self.actor_abstract, c.trainer.seed)}
+            trained = {"lora": fresh_adapters(self.mesh, self.model, self.actor_abstract, self.seed)}
         else:
-            trained = {"params": load_base(source, self.model, self.actor_abstract)}
-        self.actor = new_train_state(self.mesh, self.actor_optimizer, trained)
+            trained = {"params": load_base(self.source, self.model, self.actor_abstract)}
+        self.actor = new_train_state(self.mesh, self.actor_optimizer, trained, self.actor_state)
+        if self.needs_critic:
+            params = load_base(self.critic_source, self.critic.config, self.critic_weights, new_head=True)
+            trained = {"params": params}
+            self.critic_state = new_train_state(self.mesh, self.critic_optimizer, trained, self.critic_abstract)
 
-    def _make_ref(self, c: Config, source: Pretrained) -> None:
-        self.ref = self.actor_frozen  # of adapters, the reference is the model without them
-        if self.has_adapters and c.ref.path is None:
-            return
-        plain = model_config(c.model, source.hf_config)
-        ref_source = source if c.ref.path is None else open_pretrained(c.ref.path)
-        if model_config(c.model, ref_source.hf_config) != plain:
-            raise ValueError(f"ref.path {c.ref.path} is not of the shape of model.path {source.name}")
-        packed = self.model.packed
-        if packed is not None and packed_kernels(ref_source.checkpoint, plain) != packed:
-            raise ValueError(
-                f"ref.path {c.ref.path} does not hold the same kernels in 4 bits as model.path {source.name}: leave it "
-                "out, and the reference is the model without its adapters"
-            )
-        config = dataclasses.replace(plain, packed=packed)
-        abstract = abstract_variables(self.mesh, config, "lm", c.model.compute_dtype)
-        self.ref = load_frozen(ref_source, config, abstract)
-
-    def _make_critic(self, c: Config, source: Pretrained, steps: int, resumed: bool) -> None:
-        source = source if c.critic.path is None else open_pretrained(c.critic.path)
-        layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
-        config = model_config(c.model, source.hf_config, score_bias=True, **layers)
-        optimizer = optimizer_of(c.critic.optim)
-        self.critic = Critic(self.mesh, config, optimizer, c.critic.cliprange_value)
-        self.critic_lr = schedule_of(c.critic.optim, steps)
-        abstract = abstract_variables(self.mesh, config, "score")
-        self.critic_abstract = abstract_train_state(optimizer, abstract)
-        if not resumed:
-            params = load_base(source, config, abstract, new_head=True)
-            self.critic_state = new_train_state(self.mesh, optimizer, {"params": params})
+    @property
+    def abstract_frozen(self) -> Tree:
+        """Shapes and shardings of `actor_frozen`."""
+        return {name: x for name, x in self.actor_abstract.items() if name != "lora"} if self.has_adapters else {}
 
     def actor_variables(self) -> Tree:
         """All weights of the actor, trained and frozen: what `policy.logprobs` and an engine take."""
@@ -113,7 +152,11 @@ class Roles:
     def export(self, folder: Path) -> None:
         """The actor as a Hugging Face folder `hf` in `folder`, adapters merged; and `adapter`, for PEFT, where it has any."""
         export_hf(
-            **self.actor_variables(), config=self.model, out_dir=folder / "hf", source_folder=self.source, overwrite=True
+            **self.actor_variables(),
+            config=self.model,
+            out_dir=folder / "hf",
+            source_folder=self.source,
+            overwrite=True,
         )
         if self.has_adapters:
             export_peft(
@@ -127,8 +170,7 @@ class Roles:
 
     def abstract_state(self) -> Tree:
         """Shapes and shardings of `state`: what a checkpoint is restored onto."""
-        actor = abstract_train_state(self.actor_optimizer, self.actor_abstract)
-        return {"actor": actor} | ({"critic": self.critic_abstract} if self.needs_critic else {})
+        return {"actor": self.actor_state} | ({"critic": self.critic_abstract} if self.needs_critic else {})
 
     def restore(self, state: Tree) -> None:
         self.actor = state["actor"]
@@ -138,10 +180,14 @@ class Roles:
 
 def model_config(m: Model, hf_config: Mapping[str, Any], **changes: Any) -> ModelConfig:
     """The decoder of a Hugging Face config, computed as the section `model` says."""
-    config = ModelConfig.from_hf(hf_config, compute_dtype=m.compute_dtype, remat=m.remat, attention=m.attention)
+    config = ModelConfig.from_hf(
+        hf_config, compute_dtype=m.compute_dtype, remat=m.remat, attention=m.attention, shard_tokens=m.shard_tokens
+    )
     layers = changes.get("num_layers")
     if layers is not None and not 1 <= layers <= config.num_layers:
-        raise ValueError(f"critic.num_layers {layers} must lie between 1 and the {config.num_layers} layers of its model")
+        raise ValueError(
+            f"critic.num_layers {layers} must lie between 1 and the {config.num_layers} layers of its model"
+        )
     return dataclasses.replace(config, **changes)
 
 
@@ -239,16 +285,34 @@ def fresh_adapters(mesh: jax.sharding.Mesh, config: ModelConfig, abstract: Tree,
         return make(jax.random.key(seed))
 
 
-def abstract_train_state(optimizer: Optimizer, abstract: Tree) -> TrainState:
+def abstract_train_state(
+    optimizer: Optimizer, abstract: Tree, offload: Collection[str] = (), optim: Optim | None = None
+) -> TrainState:
     """What is trained of `abstract`, with its optimizer state: what a checkpoint restores onto."""
     trained = {"lora": abstract["lora"]} if "lora" in abstract else {"params": abstract["params"]}
-    return TrainState(trained, abstract_state(optimizer, trained))
+    state = TrainState(trained, abstract_state(optimizer, trained, on_host="optimizer" in offload))
+    if optim is None:
+        return state
+    mesh = jax.tree.leaves(trained)[0].sharding.mesh
+    return state._replace(residual=abstract_residual(mesh, optim.grad_compression, trained))
 
 
-def new_train_state(mesh: jax.sharding.Mesh, optimizer: Optimizer, trained: Tree) -> TrainState:
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(optimizer, trained))
+def new_train_state(
+    mesh: jax.sharding.Mesh, optimizer: Optimizer, trained: Tree, abstract: TrainState | None = None
+) -> TrainState:
+    """`trained` with a fresh rest of the state, placed as `abstract` says (else beside the weights)."""
+    wanted = TrainState(trained, abstract_state(optimizer, trained)) if abstract is None else abstract
+
+    def fresh(trained: Tree) -> tuple[Tree, Tree]:
+        return optimizer.init(trained), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), wanted.residual)
+
+    shardings = jax.tree.map(lambda x: x.sharding, (wanted.opt_state, wanted.residual))
     with use_mesh(mesh):
-        return TrainState(trained, jax.jit(optimizer.init, out_shardings=shardings)(trained))
+        return TrainState(trained, *jax.jit(fresh, out_shardings=shardings)(trained))
+
+
+def compression_of(o: Optim) -> Compression:
+    return Compression(o.grad_compression, o.grad_topk)
 
 
 def _lower_layers(source: Pretrained, config: ModelConfig, head: str) -> Checkpoint:

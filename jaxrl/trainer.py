@@ -33,7 +33,8 @@ from .learner import Learner, preparation_of, rows_of
 from .link import Link
 from .loggers import LOGGERS, Metrics, Run, Samples, process_log
 from .metrics import CompileCounter, Timer, memory_metrics, throughput_metrics, turn_metrics, validation_metrics
-from .parallel import make_mesh, put_replicated
+from .parallel import generation_mesh, make_mesh, put_replicated
+from .plan.check import check_fits
 from .progress import Progress, plot_rewards
 from .reward_model import RewardModel
 from .rewards import Score, make_scorer
@@ -83,9 +84,9 @@ class Trainer:
         self._check_choices()
         self.scorer = self._make_scorer()
         self.compiles = CompileCounter()
-        self.roles = Roles(
-            c, self.mesh, self.source, steps=self.steps, needs_critic=self.needs_critic, resumed=self.start is not None
-        )
+        self.roles = Roles(c, self.mesh, self.source, steps=self.steps, needs_critic=self.needs_critic)
+        check_fits(c, self.roles)
+        self.roles.load(resumed=self.start is not None)
         self.learner = Learner(c, self.roles)
         waiting = None if self.start is None else self._restore(*self.start)
         self.engine = self._make_engine()
@@ -193,7 +194,8 @@ class Trainer:
     def _make_engine(self) -> Engine:
         c, model = self.config, self.roles.model
         if c.rollout.engine == "jax":
-            return JaxEngine(model, self.mesh, max_num_seqs=c.rollout.max_num_seqs)
+            mesh = generation_mesh(self.mesh, c.rollout.tensor_model_parallel_size)
+            return JaxEngine(model, mesh, max_num_seqs=c.rollout.max_num_seqs)
         return VllmEngine(
             model, self.mesh, c.rollout.vllm, source=self.source, folder=self.folder / "vllm",
             max_model_len=c.data.max_prompt_length + c.data.max_response_length, max_num_seqs=c.rollout.max_num_seqs,
@@ -316,6 +318,8 @@ class Trainer:
             "response_lengths": np.array([len(r.token_ids) for r in e.rollouts]),
         }
         metrics |= throughput_metrics(**lengths, seconds=timer.seconds, num_devices=self.mesh.size)
+        if isinstance(self.engine, JaxEngine):
+            metrics["perf/update_weights_gb"] = self.engine.weights_gb
         metrics |= timer.metrics() | memory_metrics() | _reward_metrics(e.scores) | e.metrics
         if self.turns is not None:
             metrics |= turn_metrics([r.num_turns for r in e.rollouts], self.turns.errors)

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from .algorithms.choose import bind, choose
 from .algorithms.kl import KL_ESTIMATORS
 from .algorithms.losses import POLICY_LOSSES, clipped_value
 from .batch import PackedRows, PolicyTargets, ValueTargets
+from .compression import sum_over_replicas
 from .models import decoder
 from .models.config import ModelConfig
 from .models.logprobs import target_logprobs
+from .offload import to_device
 from .optimizer import Optimizer, OptState
 from .packing import Layout
-from .parallel import fetch, put_replicated, put_rows, use_mesh
+from .parallel import fetch, put_replicated, put_rows, replicated, rows_sharding, use_mesh, within_replica
 
 Tree = Any
 
@@ -35,6 +39,7 @@ class TrainState(NamedTuple):
 
     trained: Tree
     opt_state: OptState
+    residual: Tree = ()  # of gradients that were compressed: what each replica has not sent yet
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,13 @@ class PolicyLoss:
     kl_loss_coef: float = 0.0  # 0: no KL term in the loss
     kl_loss_type: str = "low_var_kl"
     temperature: float = 1.0
+
+
+class Compression(NamedTuple):
+    """How gradients travel between replicas, the axis `data` of the mesh (`compression.py`)."""
+
+    method: str = "none"
+    kept: float = 0.01
 
 
 def _micro(tree: Tree, i: Array) -> Tree:
@@ -78,27 +90,65 @@ def _values(config: ModelConfig, variables: Tree, rows: PackedRows) -> Array:
     return decoder.score(variables["params"], picked)[..., 0]
 
 
+class Program:
+    """A compiled function in which the axis words of the model mean `mesh`."""
+
+    def __init__(self, mesh: jax.sharding.Mesh, function: Callable, **kwargs: Any):
+        self.mesh, self.jitted = mesh, jax.jit(function, **kwargs)
+
+    def __call__(self, *args: Any) -> Any:
+        with use_mesh(self.mesh):
+            return self.jitted(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes and shardings (`jax.ShapeDtypeStruct`), not yet compiled."""
+        with use_mesh(self.mesh):
+            return self.jitted.lower(*args)
+
+
 class Programs:
     """The compiled programs of one role on one mesh: what actor and critic have in common."""
 
+    Targets: type  # what its loss needs at each target
+
     def __init__(self, mesh: jax.sharding.Mesh, config: ModelConfig, optimizer: Optimizer | None):
         self.mesh, self.config, self.optimizer = mesh, config, optimizer
-        self._compiled_step: Callable | None = None
+        self.compression = Compression()
+        self._compiled_step: Program | None = None
 
-    def jit(self, function: Callable, **kwargs: Any) -> Callable:
-        jitted = jax.jit(function, **kwargs)
-
-        def call(*args):
-            with use_mesh(self.mesh):
-                return jitted(*args)
-
-        return call
+    def jit(self, function: Callable, **kwargs: Any) -> Program:
+        return Program(self.mesh, function, **kwargs)
 
     def put(self, layout: Layout, extra: Tree = ()) -> tuple:
         """A layout and per-target arrays [M, R, S] on the device: (rows, extra, num_slots, num_micro_batches)."""
         rows, extra = put_rows(self.mesh, (layout.rows, extra), axis=1)
         counts = put_replicated(self.mesh, (layout.num_slots, np.int32(layout.num_micro_batches)))
         return rows, extra, *counts
+
+    def abstract_put(self, shape: tuple[int, int, int]) -> tuple:
+        """Shapes and shardings of what `put` gives for micro-batches [M, R, T] with this role's targets."""
+        by_rows, whole = rows_sharding(self.mesh, axis=1), replicated(self.mesh)
+
+        def per_target(dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows)
+
+        rows = PackedRows(*[per_target(np.int32)] * 8)._replace(target_mask=per_target(np.bool_))
+        targets = self.Targets(*[per_target(np.float32)] * len(self.Targets._fields))
+        num_slots = jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=whole)
+        return rows, targets, num_slots, jax.ShapeDtypeStruct((), np.int32, sharding=whole)
+
+    def step_program(self, state: TrainState) -> Program:
+        """One optimizer update, in place of a state of these shapes and shardings."""
+        if self._compiled_step is None:
+            shardings = jax.tree.map(lambda x: x.sharding, state)  # comes back as it came, so that it compiles once
+            self._specs = jax.tree.map(lambda x: x.sharding.spec, state.trained)
+            self._compiled_step = self.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
+        return self._compiled_step
+
+    def lower_step(self, state: TrainState, frozen: Tree, shape: tuple[int, int, int]) -> jax.stages.Lowered:
+        """`step` for states and weights of these shapes on micro-batches [M, R, T]."""
+        lr = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(self.mesh))
+        return self.step_program(state).lower(state, frozen, *self.abstract_put(shape), lr)
 
     def step(
         self, state: TrainState, frozen: Tree, layout: Layout, targets: Tree, lr: float
@@ -108,22 +158,24 @@ class Programs:
         The metrics are `sums` over trained tokens, `losses` as they are, and `grad_norm` before clipping; they stay on
         the device until they are asked for.
         """
-        if self._compiled_step is None:
-            shardings = jax.tree.map(lambda x: x.sharding, state)  # comes back as it came, so that it compiles once
-            self._compiled_step = self.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
-        rows, targets, num_slots, num_micro = self.put(layout, targets)
-        return self._compiled_step(
-            state, frozen, rows, targets, num_slots, num_micro, put_replicated(self.mesh, np.float32(lr))
-        )
+        inputs = self.put(layout, targets)
+        return self.step_program(state)(state, frozen, *inputs, put_replicated(self.mesh, np.float32(lr)))
 
     def _step(self, state: TrainState, frozen, rows, targets, num_slots, num_micro, lr):
-        grads, (sums, losses) = accumulate(
-            self._token_losses, state.trained, frozen, rows, targets, num_slots, num_micro
-        )
+        trained = to_device(state.trained)  # whole: their gradients would else be added up in host memory
+        compute, residual = partial(accumulate, self._token_losses), state.residual
+        if self.compression.method == "none" or self.mesh.shape["data"] == 1:
+            grads, (sums, losses) = compute(trained, frozen, rows, targets, num_slots, num_micro)
+        else:
+            by_replica = of_each_replica(self.mesh, compute)
+            grads, (sums, losses) = by_replica(trained, frozen, rows, targets, num_slots, num_micro)
+            grads, residual = sum_over_replicas(
+                self.mesh, self.compression.method, grads, self._specs, residual, kept=self.compression.kept
+            )
         assert self.optimizer is not None, "a role without an optimizer takes no steps"
         with jax.named_scope("optimizer"):
-            trained, opt_state, grad_norm = self.optimizer.update(grads, state.opt_state, state.trained, lr)
-        return TrainState(trained, opt_state), {"sums": sums, "losses": losses, "grad_norm": grad_norm}
+            trained, opt_state, grad_norm = self.optimizer.update(grads, state.opt_state, trained, lr)
+        return TrainState(trained, opt_state, residual), {"sums": sums, "losses": losses, "grad_norm": grad_norm}
 
     def _token_losses(self, trained, frozen, rows, targets, num_slots) -> tuple[Array, tuple[Tree, Tree]]:
         """The loss of a micro-batch, with its sums and losses by name."""
@@ -132,6 +184,8 @@ class Programs:
 
 class Policy(Programs):
     """Logprobs and policy steps of the actor; logprobs of a reference are the same program with other variables."""
+
+    Targets = PolicyTargets
 
     def __init__(self, mesh, config: ModelConfig, optimizer: Optimizer | None, loss: PolicyLoss):
         super().__init__(mesh, config, optimizer)
@@ -143,6 +197,10 @@ class Policy(Programs):
         rows, _, num_slots, num_micro = self.put(layout)
         logprobs, entropy = fetch(self._logprobs(variables, rows, num_slots, num_micro))
         return layout.from_slots(logprobs), layout.from_slots(entropy)
+
+    def lower_logprobs(self, variables: Tree, shape: tuple[int, int, int]) -> jax.stages.Lowered:
+        rows, _, num_slots, num_micro = self.abstract_put(shape)
+        return self._logprobs.lower(variables, rows, num_slots, num_micro)
 
     def _all_logprobs(self, variables, rows, num_slots, num_micro):
         def body(i, out):
@@ -179,6 +237,8 @@ class Policy(Programs):
 class Critic(Programs):
     """Values and value steps."""
 
+    Targets = ValueTargets
+
     def __init__(self, mesh, config: ModelConfig, optimizer: Optimizer | None, cliprange_value: float):
         super().__init__(mesh, config, optimizer)
         self.cliprange_value = cliprange_value
@@ -188,6 +248,10 @@ class Critic(Programs):
         """[B, T] values of the targets."""
         rows, _, _, num_micro = self.put(layout)
         return layout.from_slots(fetch(self._values(variables, rows, num_micro)))
+
+    def lower_values(self, variables: Tree, shape: tuple[int, int, int]) -> jax.stages.Lowered:
+        rows, _, _, num_micro = self.abstract_put(shape)
+        return self._values.lower(variables, rows, num_micro)
 
     def _all_values(self, variables, rows, num_micro):
         def body(i, out):
@@ -204,6 +268,24 @@ class Critic(Programs):
         loss = jnp.sum(token_loss * targets.loss_weights)
         sums = {**sums, "vpred_mean": jnp.sum(jnp.where(rows.target_mask, values, 0.0))}
         return loss, (sums, {"vf_loss": loss})
+
+
+def of_each_replica(mesh: jax.sharding.Mesh, compute: Callable) -> Callable:
+    """`compute` (gradients and metrics of rows) by replica: gradients [data, ...], and the metrics of all together.
+
+    Only the axis `data` is cut by hand; the compiler splits along the others as ever.
+    """
+
+    def local(trained, frozen, rows, targets, num_slots, num_micro):
+        with within_replica():
+            grads, metrics = compute(trained, frozen, rows, targets, num_slots, num_micro)
+        return jax.tree.map(lambda g: g[None], grads), jax.lax.psum(metrics, "data")
+
+    by_rows, whole, replicas = PartitionSpec(None, "data"), PartitionSpec(), PartitionSpec("data")
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(whole, whole, by_rows, by_rows, whole, whole), out_specs=(replicas, whole),
+        axis_names={"data"}, check_vma=False,
+    )  # fmt: skip
 
 
 def merge(trained: Tree, frozen: Tree) -> Tree:

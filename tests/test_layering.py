@@ -19,13 +19,15 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up; a folder stands for all in it that has no line of its own. A new file is given its floor here.
 FLOORS = [
-    {"user_code", "host_memory", "preemption", "cluster", "link"},
+    {"user_code", "host_memory", "offload", "preemption", "cluster", "link"},
     {"config", "batch", "packing", "tasks", "progress", "algorithms", "rewards"},
-    {"models", "parallel", "distributed", "sources", "data"},
-    {"weights", "rollout", "optimizer", "checkpoint", "metrics", "loggers"},
+    {"models", "parallel", "topology", "distributed", "sources", "data"},
+    {"weights", "rollout", "optimizer", "compression", "checkpoint", "metrics", "loggers"},
     {"update", "prepare", "weights.sync"},
     {"rollout.vllm_engine", "rollout.vllm_publication"},
-    {"roles", "reward_model", "collector", "ahead", "learner", "trainer", "plan"},
+    {"roles", "reward_model", "collector", "ahead", "learner"},
+    {"plan"},
+    {"trainer"},
 ]
 
 # Who may import a library, and where: in the whole file, or only within functions (so that it is optional).

@@ -7,9 +7,12 @@ from .settings import LORA_TARGETS, Config
 # The names that a setting may have. Tables of functions (advantages, losses, ...) are asked by the trainer at its start:
 # they live with JAX, which a config does not start.
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "full", "offload"),
+    "model.shard_tokens": ("none", "blocks", "attention"),
     "model.attention": ("xla", "cudnn", "splash"),
     "model.compute_dtype": ("bfloat16", "float32"),
+    "actor.optim.grad_compression": ("none", "bf16", "fp16", "topk"),
+    "critic.optim.grad_compression": ("none", "bf16", "fp16", "topk"),
     "data.truncation": ("error", "left", "right", "middle"),
     "rollout.engine": ("jax", "vllm"),
     "rollout.vllm.dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -33,6 +36,7 @@ def check(c: Config) -> None:
     _check_positive(c)
     if c.rollout.engine == "vllm":
         _check_vllm(c)
+    _check_placement(c)
     if c.data.train_batch_size % c.actor.ppo_mini_batch_size:
         raise ValueError(
             f"actor.ppo_mini_batch_size {c.actor.ppo_mini_batch_size} must divide data.train_batch_size "
@@ -73,6 +77,22 @@ def check(c: Config) -> None:
         raise ValueError(f"model.lora_targets {list(c.model.lora_targets)} must be some of {', '.join(LORA_TARGETS)}")
     if c.model.lora_rank and c.model.lora_alpha <= 0:
         raise ValueError(f"model.lora_alpha {c.model.lora_alpha} must be above 0")
+
+
+def _check_placement(c: Config) -> None:
+    for role, known in (("actor", ("optimizer", "params")), ("critic", ("optimizer", "params")), ("ref", ("params",))):
+        if wrong := set(getattr(c, role).offload) - set(known):
+            raise ValueError(f"{role}.offload holds {', '.join(sorted(wrong))}: it may hold {' and '.join(known)}")
+    for name, optim in (("actor", c.actor.optim), ("critic", c.critic.optim)):
+        if not 0 < optim.grad_topk <= 1:
+            raise ValueError(f"{name}.optim.grad_topk {optim.grad_topk} is a share: above 0, at most 1")
+    if c.model.shard_tokens != "none" and c.row_length % max(1, c.mesh.tensor):
+        raise ValueError(
+            f"model.shard_tokens splits rows of {c.row_length} tokens over mesh.tensor {c.mesh.tensor}, which does not "
+            "divide it: set trainer.row_length to a multiple"
+        )
+    if c.model.shard_tokens == "attention" and c.model.attention != "xla":
+        raise ValueError("model.shard_tokens attention needs model.attention xla: a fused kernel wants whole rows")
 
 
 def _check_vllm(c: Config) -> None:
@@ -126,6 +146,7 @@ def _check_positive(c: Config) -> None:
         "data.train_batch_size": c.data.train_batch_size,
         "rollout.n": c.rollout.n,
         "rollout.max_num_seqs": c.rollout.max_num_seqs,
+        "rollout.tensor_model_parallel_size": c.rollout.tensor_model_parallel_size,
         "rollout.vllm.num_servers": c.rollout.vllm.num_servers,
         "rollout.vllm.probe_tolerance": c.rollout.vllm.probe_tolerance,
         "rollout.vllm.start_timeout_s": c.rollout.vllm.start_timeout_s,

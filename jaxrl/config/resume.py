@@ -13,12 +13,14 @@ from .settings import Config
 # What a run may change when it goes on, and all of rollout.vllm: none of it changes the course of the steps by more than
 # rounding (but a schedule that falls over the run follows its new length).
 MAY_CHANGE = {
-    "model.remat", "model.attention", "actor.ppo_max_token_len_per_gpu", "critic.ppo_max_token_len_per_gpu",
+    "model.remat", "model.attention", "model.shard_tokens", "actor.offload", "critic.offload", "ref.offload",
+    "actor.ppo_max_token_len_per_gpu", "critic.ppo_max_token_len_per_gpu",
     "trainer.row_length", "trainer.share_prompt",
     "trainer.total_epochs", "trainer.total_training_steps", "trainer.save_freq", "trainer.max_ckpt_to_keep",
     "trainer.resume_mode", "trainer.resume_from_path", "trainer.test_freq", "trainer.val_before_train",
     "trainer.logger", "trainer.run_dir", "trainer.start_timeout_s", "trainer.heartbeat_timeout_s",
-    "rollout.max_num_seqs", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "rollout.max_num_seqs", "rollout.tensor_model_parallel_size",
+    "mesh.data", "mesh.fsdp", "mesh.tensor",
 }  # fmt: skip
 
 

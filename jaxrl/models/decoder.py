@@ -11,8 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from ..offload import to_device
 from .attention import ATTENTION
 from .config import ModelConfig
 from .layers import INIT, DecoderLayer, RMSNorm, logical, rope_cossin
@@ -23,6 +25,13 @@ Tree = dict[str, Any]
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names("product"),  # `Dense` names what it returns
     "full": jax.checkpoint_policies.nothing_saveable,
+    # As "full", and the inputs wait in host memory.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -83,12 +92,17 @@ class Decoder(nn.Module):
         cossin = rope_cossin(c.rope, c.head_dim, positions)
 
         def attend(q, k, v):
+            if c.shard_tokens == "attention":  # each device its own queries, against the keys of the whole row
+                q = nn.with_logical_constraint(q, ("rows", "tokens", None, None))
+                k, v = (nn.with_logical_constraint(x, ("rows", None, None, None)) for x in (k, v))
             return ATTENTION[c.attention](q, k, v, segments, prefixes), None
 
         def body(layer, x, _):
-            x = nn.with_logical_constraint(x, ("rows", "tokens", None))
-            return layer(x, cossin, attend)
+            x = nn.with_logical_constraint(x, ("rows", None if c.shard_tokens == "none" else "tokens", None))
+            return layer(checkpoint_name(x, "layer_input"), cossin, attend)
 
+        if not self.is_initializing():  # weights may wait in host memory: a layer's come when it is computed
+            body = nn.map_variables(body, "params", trans_in_fn=to_device)
         if c.remat != "none":
             body = nn.remat(body, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
         scan = nn.scan(
@@ -123,16 +137,17 @@ def _init(config: ModelConfig, head: str, key: Array) -> Tree:
 
 def hidden_states(config: ModelConfig, variables: Tree, tokens, positions, segments, prefixes, head: str = "lm"):
     """[R, T] tokens -> [R, T, D] hidden states after the final norm."""
-    return Decoder(config, head).apply(variables, tokens, positions, segments, prefixes)
+    params = {name: part if name == "layers" else to_device(part) for name, part in variables["params"].items()}
+    return Decoder(config, head).apply({**variables, "params": params}, tokens, positions, segments, prefixes)
 
 
 def head_table(config: ModelConfig, params: Tree) -> Float[Array, "V D"]:
     """The matrix that turns hidden states into logits: the language-model head, or the token table where tied."""
-    return params["embed_tokens"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"]
+    return to_device(params["embed_tokens"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"])
 
 
 def score(params: Tree, hidden: Float[Array, "... D"]) -> Float[Array, "... C"]:
     """The score head of a critic or reward model, in float32."""
-    head = params["score"]
+    head = to_device(params["score"])
     scores = hidden.astype(jnp.float32) @ head["kernel"].astype(jnp.float32)
     return scores + head["bias"] if "bias" in head else scores

@@ -34,12 +34,23 @@ def target_logprobs(
     The chunks that lie beyond `num_slots` (the most that any row uses) are not computed and come back as 0.
     """
     R, S = ids.shape
-    chunk = chunk or max(8, min(S, CHUNK_ROWS.get(jax.default_backend(), MANY_CHUNK_ROWS) // R))
+    chunk = chunk or chunk_slots(R, S, _platform())
     padded = -(-S // chunk) * chunk
     columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
     table = nn.with_logical_constraint(table.astype(hidden.dtype), ("vocab", None))
     logprobs, entropy = _chunked(hidden, table, columns, ids, num_slots, temperature, chunk)
     return logprobs[:, :S], entropy[:, :S]
+
+
+def chunk_slots(num_rows: int, num_slots: int, platform: str) -> int:
+    """Slots of each row whose logits live at once."""
+    return max(8, min(num_slots, CHUNK_ROWS.get(platform, MANY_CHUNK_ROWS) // num_rows))
+
+
+def _platform() -> str:
+    """What the program is compiled for: the devices of the mesh, which need not be those that are here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def _slice(x: Array, i: Array, chunk: int) -> Array:
@@ -83,7 +94,8 @@ def _forward(hidden, table, columns, ids, num_slots, temperature, chunk):
 def _backward(temperature, chunk, saved, grads):
     hidden, table, columns, ids, num_slots, entropy, lse = saved
     grad_logprobs, grad_entropy = grads
-    rows = jnp.arange(hidden.shape[0])[:, None]
+    # Row by row: indexed with row numbers, the rows of a mesh would be gathered on every device.
+    add_at = jax.vmap(lambda x, columns, g: x.at[columns].add(g))
 
     def body(i, carry):
         d_hidden, d_table = carry
@@ -97,7 +109,7 @@ def _backward(temperature, chunk, saved, grads):
         d_logits = (jnp.where(chosen, d_logits + g_logprob, d_logits) / temperature).astype(table.dtype)
         d_h = jnp.einsum("rcv,vd->rcd", d_logits, table, preferred_element_type=jnp.float32)
         d_table += jnp.einsum("rcv,rcd->vd", d_logits, h, preferred_element_type=jnp.float32)
-        return d_hidden.at[rows, column].add(d_h), d_table
+        return add_at(d_hidden, column, d_h), d_table
 
     start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
     d_hidden, d_table = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)

@@ -22,6 +22,7 @@ from ..models.attention import ATTENTION
 from ..models.config import ModelConfig
 from ..models.decoder import abstract_params
 from ..models.layers import DecoderLayer, RMSNorm, rope_cossin
+from ..offload import to_device
 from ..parallel import num_row_shards, partition, replicated, rows_sharding, shardings
 from .sampling import Rule, sample
 
@@ -64,7 +65,7 @@ class Programs:
         weights: Tree,
         tokens: Int[Array, "M P T"],  # prompts, padded on the left, M times P of them
         lengths: Int[Array, "M P"],
-        source: Int[Array, "B"],  # the prompt of each sequence, counted over M and P
+        source: Int[Array, "B"],  # the prompt of each sequence, counted over M and P within its shard of the mesh
         uids: Int[Array, "B 2"],
         done: Bool[Array, "B"],
         seed: Int[Array, ""],
@@ -76,10 +77,14 @@ class Programs:
         T = tokens.shape[2]
         hidden, prompt_cache = jax.lax.map(lambda prompts: self._read(weights, *prompts), (tokens, lengths))
 
-        def of_sequences(x: Array) -> Array:
-            return x.reshape(-1, *x.shape[2:])[source]
+        def of_sequences(x: Array, spec: PartitionSpec = self.rows.spec) -> Array:
+            """From prompts to sequences. On each device from its own: else all would be gathered everywhere."""
+            take = lambda x, source: x.reshape(-1, *x.shape[2:])[source]  # noqa: E731
+            specs = (PartitionSpec(None, *spec), self.rows.spec)
+            return jax.shard_map(take, mesh=self.mesh, in_specs=specs, out_specs=spec)(x, source)
 
-        cache = _lengthen([(of_sequences(k), of_sequences(v)) for k, v in prompt_cache], columns=T + room)
+        of_heads = partial(of_sequences, spec=self.heads.spec)
+        cache = _lengthen([(of_heads(k), of_heads(v)) for k, v in prompt_cache], columns=T + room)
         key = jax.random.key(seed)
         B = source.shape[0]
         batch = Batch(
@@ -117,11 +122,14 @@ class Programs:
         hidden = RMSNorm(c.hidden_size, c.norm_eps).apply({"params": weights["norm"]}, hidden)
         table = weights["embedding"] if c.tie_embeddings else weights["head"]
         logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
-        # Sampling walks along the vocabulary: each device has the whole of it, for its own sequences.
-        logits = jax.lax.with_sharding_constraint(logits, self.rows)
         # A sequence's random numbers are its own, whatever batch it sits in.
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(batch.keys)
-        ids, logprobs = sample(logits, uniform, rule)
+        # Sampling walks along the vocabulary: each device has the whole of it, for its own sequences and for no others.
+        rows = self.rows.spec
+        local = jax.shard_map(
+            sample, mesh=self.mesh, in_specs=(rows, rows, PartitionSpec()), out_specs=(rows, rows), check_vma=False
+        )
+        ids, logprobs = local(logits, uniform, rule)
         return batch._replace(
             last=ids,
             done=batch.done | jnp.isin(ids, rule.stop_ids),
@@ -174,6 +182,8 @@ class Programs:
 
 def _unstack(config: ModelConfig, variables: Tree) -> Tree:
     """Per-layer arrays in the compute dtype; norms and the rest as they are. Copies all, the engine's own."""
+
+    variables = to_device(variables)
 
     def own(x: Array) -> Array:
         # Explicitly a copy: jit would hand back an array that does not change, and training donates it.

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -36,7 +37,8 @@ PROMPT_TOKENS = 8192  # read at once on a device: what bounds the memory of read
 class JaxEngine:
     """Generates with the trainer's own arrays, on the trainer's own devices.
 
-    `mesh` is the one that the weights lie on; without it, one device. `max_num_seqs` sequences decode together (the
+    `mesh` is the one that the weights lie on, or its devices in another layout, to which `update_weights` moves them in
+    one compiled program; without it, one device. `max_num_seqs` sequences decode together (the
     next power of two below it, but at least one on every shard).
     """
 
@@ -51,8 +53,13 @@ class JaxEngine:
 
     def update_weights(self, variables: Tree, version: int) -> None:
         self.weights = None  # before the new ones are made: never two copies
-        self.weights = self.programs.unstack(variables)
+        self.weights = jax.block_until_ready(self.programs.unstack(variables))
         self.version = version
+
+    @property
+    def weights_gb(self) -> float:
+        """What an update of the weights brings to each device, in 2**30 bytes."""
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(self.weights)) / 2**30
 
     def close(self) -> None:
         self.weights = None
@@ -82,7 +89,7 @@ class JaxEngine:
         """Draw the responses of `sequences`: at most `max_num_seqs` of them, by their number in the whole call."""
         rule = put_replicated(self.mesh, Rule.of(sampling))
         owner, inputs = self._inputs(prompts, sequences, sampling.n)
-        room = min(ROOM, _round_up(sampling.max_tokens, BUCKET))
+        room = min(ROOM, round_up(sampling.max_tokens, BUCKET))
         length = inputs[0].shape[2]
         batch, cache = self.programs.begin(self.weights, *inputs, np.uint32(seed % 2**32), rule, room=room)
         filled = 0
@@ -99,7 +106,7 @@ class JaxEngine:
                 owner, done = owner[kept], done[kept]
             limit = min(CHUNK, sampling.max_tokens - filled)
             if filled + limit > room:
-                room = min(2 * room, _round_up(sampling.max_tokens, BUCKET))
+                room = min(2 * room, round_up(sampling.max_tokens, BUCKET))
                 cache = self.programs.lengthen(cache, columns=length + room)
             size = len(owner)
             leave = size // self.shards // 2 if size > max(SMALLEST, self.shards) else 0
@@ -107,31 +114,48 @@ class JaxEngine:
 
     def _inputs(self, prompts: Sequence[Prompt], sequences: np.ndarray, n: int):
         """The first batch: the sequence in each of its rows (-1: none), and the arrays that `begin` takes."""
-        chosen, source = np.unique(sequences // n, return_inverse=True)
-        num_prompts = self._padded(len(chosen))
-        longest = max(len(prompts[p].token_ids) for p in chosen)
-        T = _round_up(longest, 128 if self.config.attention == "splash" else BUCKET)
-        tokens, lengths = np.zeros((num_prompts, T), np.int32), np.ones(num_prompts, np.int32)
-        for row, p in enumerate(chosen):
-            ids = prompts[p].token_ids
-            tokens[row, T - len(ids) :] = ids
-            lengths[row] = len(ids)
-        at_once = min(num_prompts, self.shards << max(0, (PROMPT_TOKENS // T).bit_length() - 1))
-        tokens, lengths = tokens.reshape(-1, at_once, T), lengths.reshape(-1, at_once)
-        size = self._padded(len(sequences))
-        # Dealt round, so that every shard has its part of the long ones and of each prompt's.
-        rows = np.arange(size).reshape(-1, self.shards).T.reshape(-1)
-        empty = rows >= len(sequences)
-        rows = np.where(empty, 0, rows)
-        owner = np.where(empty, -1, sequences[rows])
-        # A sequence's random numbers follow from its prompt's place and its own number alone.
-        uids = np.stack(np.divmod(sequences[rows], n), axis=1).astype(np.uint32)
-        per_row = put_rows(self.mesh, (source[rows].astype(np.int32), uids, empty))
-        return owner, (*put_rows(self.mesh, (tokens, lengths), axis=1), *per_row)
+        owner = self.deal(sequences, n)
+        read, source = prompts_of_rows(owner, n)
+        T = self.prompt_columns(max(len(prompts[p].token_ids) for p in read[read >= 0]))
+        tokens, lengths = np.zeros((*read.shape, T), np.int32), np.ones(read.shape, np.int32)
+        for place in zip(*np.nonzero(read >= 0), strict=True):
+            ids = prompts[read[place]].token_ids
+            tokens[*place, T - len(ids) :] = ids
+            lengths[place] = len(ids)
+        at_once = self.prompts_at_once(read.size, T) // self.shards
 
-    def _padded(self, count: int) -> int:
+        def in_turn(x: np.ndarray) -> np.ndarray:
+            """[shards, prompts] -> [M, P]: each shard reads `at_once` of its own at a time."""
+            x = x.reshape(self.shards, -1, at_once, *x.shape[2:]).swapaxes(0, 1)
+            return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+        owner = owner.reshape(-1)
+        # A sequence's random numbers follow from its prompt's place and its own number alone.
+        uids = np.stack(np.divmod(np.maximum(owner, 0), n), axis=1).astype(np.uint32)
+        per_row = put_rows(self.mesh, (source.reshape(-1), uids, owner < 0))
+        return owner, (*put_rows(self.mesh, (in_turn(tokens), in_turn(lengths)), axis=1), *per_row)
+
+    def deal(self, sequences: np.ndarray, n: int) -> np.ndarray:
+        """[shards, rows]: which sequence sits where; -1 fills up. Prompts are dealt round, so that every shard has its
+        part of the long ones, and the sequences of a prompt stay together, so that few shards read it."""
+        _, rank = np.unique(sequences // n, return_inverse=True)
+        dealt = sequences[np.lexsort((rank // self.shards, rank % self.shards))]
+        rows = self.padded(len(sequences)) // self.shards
+        owner = np.full((self.shards, rows), -1, np.int64)
+        for shard, part in enumerate(np.array_split(dealt, self.shards)):
+            owner[shard, : len(part)] = part
+        return owner
+
+    def padded(self, count: int) -> int:
         """`count` or more: a power of two a shard."""
         return self.shards * _power_of_two(-(-count // self.shards))
+
+    def prompt_columns(self, longest: int) -> int:
+        """The columns of prompts of at most `longest` tokens."""
+        return round_up(longest, 128 if self.config.attention == "splash" else BUCKET)
+
+    def prompts_at_once(self, num_prompts: int, columns: int) -> int:
+        return min(num_prompts, self.shards << max(0, (PROMPT_TOKENS // columns).bit_length() - 1))
 
     def _half(self, done: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """The rows of a batch of half the size that holds all which are not done, counted within the shard and in all.
@@ -172,7 +196,18 @@ class _Responses:
         return self.ids[b, :length].copy(), self.logprobs[b, :length].copy()
 
 
-def _round_up(x: int, multiple: int) -> int:
+def prompts_of_rows(owner: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts that each shard reads [shards, a power of two] (-1 fills up), and which of them a row answers."""
+    own = [np.unique(part[part >= 0] // n) for part in owner]
+    read = np.full((len(owner), _power_of_two(max(map(len, own)))), -1, np.int64)
+    source = np.zeros(owner.shape, np.int32)
+    for shard, chosen in enumerate(own):
+        read[shard, : len(chosen)] = chosen
+        source[shard] = np.where(owner[shard] >= 0, np.searchsorted(chosen, owner[shard] // n), 0)
+    return read, source
+
+
+def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 

@@ -80,7 +80,8 @@ def fill(struct: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> j
     shards = []
     for bounds, holders in devices.items():
         piece = read(tuple(slice(*bound) for bound in bounds))
-        shards += [jax.device_put(piece, device) for device in holders]
+        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in holders]
+        shards += [jax.device_put(piece, place) for place in places]
         jax.block_until_ready(shards)  # so that `piece` can go before the next one is read
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
 

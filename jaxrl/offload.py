@@ -1,0 +1,39 @@
+"""Arrays that wait in the memory of the host (`pinned_host`), and their way to the device within a compiled program.
+
+Where an array lies is a part of its sharding, and of its type under `jax.jit`: nothing here is told twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+Tree = Any
+Space = jax.memory.Space
+HOST_KIND = "pinned_host"
+
+
+def lies_on_host(x: Any) -> bool:
+    """Whether an array of a program being traced lies in host memory."""
+    return jax.typeof(x).memory_space == Space.Host
+
+
+def to_device(tree: Tree) -> Tree:
+    """Within a program: what lies in host memory comes to the device, the rest stays as it is."""
+    return jax.tree.map(lambda x: jax.device_put(x, Space.Device) if lies_on_host(x) else x, tree)
+
+
+def to_host(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, Space.Host)
+
+
+def waiting(abstract: Tree) -> Tree:
+    """The same shapes and shardings in host memory. Scalars stay: a program branches on them."""
+
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if not x.ndim:
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(HOST_KIND))
+
+    return jax.tree.map(one, abstract)

@@ -1,0 +1,175 @@
+"""Every program of a run, lowered for a mesh with shapes only: what `train.py` would compile, and how often it runs it.
+
+The programs are those of training: `update.Policy` and `update.Critic`, and the engine's. No weight is read; a model is
+its `config.json`. (`prepare`, on [B, T] numbers, is left out: megabytes.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ..algorithms.advantages import ADVANTAGES
+from ..algorithms.choose import choose
+from ..config import Config
+from ..learner import micro_batches_of
+from ..models.config import ModelConfig
+from ..models.logprobs import chunk_slots
+from ..parallel import generation_mesh
+from ..roles import Roles
+from ..rollout.engine import Sampling
+from ..rollout.jax_engine import JaxEngine
+from ..rollout.lowering import lower_largest
+from ..update import merge
+from ..weights.pretrained import Pretrained
+from .sources import described_model
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """One program of the run. Counts are of one RL step in which every sequence has its full length."""
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    model: ModelConfig
+    kind: str  # forward, update, prefill, decode or move: `costs.py` counts by it
+    calls: int = 1
+    rows: int = 0  # of one micro-batch, over all devices, or sequences that are generated together
+    columns: int = 0  # tokens of a row, each of which attends to all of them; in decoding, of the cache
+    targets: int = 0  # of a row, those with logits or values
+    loops: tuple[
+        int, ...
+    ] = ()  # trip counts that no program knows, the outermost first: micro-batches, chunks of logits
+    mesh: Mesh | None = None  # where it is not that of training: the layout of generation
+    uses: tuple[str, ...] = ()  # what of `Run.resident` is among its arguments
+    frees: tuple[str, ...] = ()  # and what is let go before it runs
+
+    @property
+    def micro_batches(self) -> int:
+        """How often the whole of it is done in a call: micro-batches, or tokens of a response."""
+        return self.loops[0] if self.loops else 1
+
+
+@dataclass
+class Run:
+    """What lies on the devices throughout, by name, and the programs in the order of a step."""
+
+    mesh: Mesh
+    resident: dict[str, Tree] = field(default_factory=dict)  # shapes with shardings
+    offloaded: frozenset[str] = frozenset()  # of their names, those that wait in host memory
+    work: list[Work] = field(default_factory=list)
+
+
+def roles_of(c: Config, mesh: Mesh, find: Callable[[str], Pretrained] = described_model) -> Roles:
+    """The roles of the run, without their weights. `find` opens the model of a path."""
+    estimator = choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator")
+    needs_critic = "values" in inspect.signature(estimator).parameters
+    return Roles(c, mesh, find(c.model.path), steps=1, needs_critic=needs_critic, find=find)
+
+
+def programs_of(c: Config, roles: Roles) -> Run:
+    """Everything that a step of the run executes, in its order."""
+    run = Run(roles.mesh, resident_of(roles), offloaded_of(c, roles))
+    run.work = _training(c, roles)
+    if c.rollout.engine == "jax":  # another engine has its own devices or its own program
+        generation, publication = _generation(run, c, roles)
+        run.work = [*generation, *run.work, publication]
+    return run
+
+
+def resident_of(roles: Roles) -> dict[str, Tree]:
+    """Shapes and shardings of what the roles hold throughout, by name."""
+    state = roles.abstract_state()
+    trees = {"actor": state["actor"].trained, "actor optimizer": state["actor"].opt_state}
+    if roles.has_adapters:
+        trees["base"] = roles.abstract_frozen
+    if roles.needs_ref and not roles.ref_is_base:
+        trees["ref"] = roles.ref_abstract
+    if roles.needs_critic:
+        trees |= {"critic": state["critic"].trained, "critic optimizer": state["critic"].opt_state}
+    return trees
+
+
+def offloaded_of(c: Config, roles: Roles) -> frozenset[str]:
+    """What of `resident_of` waits in host memory. Shardings say it too, but not where XLA knows no host of a GPU."""
+    of_actor = {"optimizer": "actor optimizer", "params": "base" if roles.has_adapters else "actor"}
+    of_critic = {"optimizer": "critic optimizer", "params": "critic"}
+    names = [of_actor[what] for what in c.actor.offload] + [of_critic[what] for what in c.critic.offload]
+    return frozenset([*names, *("ref" for _ in c.ref.offload)]) & resident_of(roles).keys()
+
+
+def _training(c: Config, roles: Roles) -> list[Work]:
+    """Forward passes over all sequences of a step, and the updates of critic and actor."""
+    d, sequences = c.data, c.data.train_batch_size * c.rollout.n
+    mini_batch = c.actor.ppo_mini_batch_size * c.rollout.n
+    platform = roles.mesh.devices.flat[0].platform
+
+    def work(name: str, kind: str, model: ModelConfig, lower, num: int, max_tokens: int, uses, epochs: int = 0) -> Work:
+        M, R, T = shape = micro_batches_of(c, roles.mesh, num, max_tokens)
+        targets = T // (d.max_prompt_length + d.max_response_length) * d.max_response_length
+        chunks = -(-targets // chunk_slots(R, T, platform))
+        calls = max(1, epochs * sequences // mini_batch)
+        return Work(name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), uses=uses)
+
+    policy, state, frozen = roles.policy, roles.abstract_state(), roles.abstract_frozen
+    base, tokens = ("base",) if roles.has_adapters else (), c.actor.ppo_max_token_len_per_gpu
+    forward, update, values = [], [], []
+    if not c.algorithm.rollout_correction.bypass_mode:
+        lower = partial(policy.lower_logprobs, merge(state["actor"].trained, frozen))
+        forward.append(work("old_log_prob", "forward", roles.model, lower, sequences, tokens, ("actor", *base)))
+    if roles.needs_ref:
+        plain = dataclasses.replace(roles.model, lora_rank=0)
+        lower = partial(policy.lower_logprobs, frozen if roles.ref_is_base else roles.ref_abstract)
+        uses = base if roles.ref_is_base else ("ref",)
+        forward.append(work("ref", "forward", plain, lower, sequences, tokens, uses))
+    if roles.needs_critic:
+        critic, most = roles.critic, c.critic.ppo_max_token_len_per_gpu
+        lower = partial(critic.lower_values, state["critic"].trained)
+        values.append(work("values", "forward", critic.config, lower, sequences, most, ("critic",)))
+        lower = partial(critic.lower_step, state["critic"], {})
+        uses = ("critic", "critic optimizer")
+        update.append(
+            work("update_critic", "update", critic.config, lower, mini_batch, most, uses, c.critic.ppo_epochs)
+        )
+    lower = partial(policy.lower_step, state["actor"], frozen)
+    uses = ("actor", "actor optimizer", *base)
+    update.append(work("update_actor", "update", roles.model, lower, mini_batch, tokens, uses, c.actor.ppo_epochs))
+    return [*forward, *values, *update]
+
+
+def _generation(run: Run, c: Config, roles: Roles) -> tuple[list[Work], Work]:
+    """The engine's programs, and the one that gives it new weights. What it holds joins `run.resident`."""
+    d, r = c.data, c.rollout
+    mesh = generation_mesh(run.mesh, r.tensor_model_parallel_size)
+    engine = JaxEngine(roles.model, mesh, max_num_seqs=r.max_num_seqs)
+    sampling = Sampling(d.max_response_length, n=r.n, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p)
+    lowered = lower_largest(
+        engine, merge(roles.abstract_state()["actor"].trained, roles.abstract_frozen), num_prompts=d.train_batch_size,
+        longest_prompt=d.max_prompt_length, sampling=sampling,
+    )  # fmt: skip
+    run.resident["engine"] = lowered["unstack"].out_info
+    sequences = d.train_batch_size * r.n
+    together = engine.padded(min(sequences, engine.max_num_seqs))
+    batches, columns = -(-sequences // together), engine.prompt_columns(d.max_prompt_length)
+    prompts, most = engine.padded(min(d.train_batch_size, together)), columns + d.max_response_length
+
+    def work(program: str, kind: str, rows: int, columns: int, loops: tuple[int, ...], uses: tuple[str, ...]) -> Work:
+        lower = lambda: lowered[program]  # noqa: E731
+        return Work(f"gen/{program}", lower, roles.model, kind, batches, rows, columns, 1, loops, mesh, uses)
+
+    generation = [work("begin", "prefill", prompts, columns, (), ("engine",))]
+    if "lengthen" in lowered:
+        generation.append(work("lengthen", "move", together, most, (), ()))
+    generation.append(work("decode", "decode", together, most, (d.max_response_length,), ("engine",)))
+    uses = ("actor", "base") if roles.has_adapters else ("actor",)
+    publish = Work("update_weights", lambda: lowered["unstack"], roles.model, "move", uses=uses, frees=("engine",))
+    return generation, publish

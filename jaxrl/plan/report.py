@@ -1,0 +1,222 @@
+"""The plan of a run: memory, work and traffic of every program on every device, and what a step will take at best.
+
+`make_plan` compiles the programs of `programs.py` and puts what XLA says of each beside the formulas of `costs.py`;
+`table` says it in words, `Plan.to_dict` as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import Config
+from ..parallel import make_mesh
+from ..topology import Topology
+from .costs import bytes_of, cost
+from .hlo import facts
+from .programs import Run, Work, programs_of, roles_of
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program on one device. Bytes are of one call; seconds and traffic of all calls of a step."""
+
+    name: str
+    calls: int
+    arguments: int  # on the device, what is resident included
+    outputs: int  # beyond what takes an argument's place
+    temporaries: int
+    host: int  # in the memory of the host: arguments and temporaries
+    peak: int  # on the device while it runs, with everything that lies there and is not its own
+    largest: str  # the largest array of one device in it
+    largest_bytes: int
+    flops: float
+    memory_bytes: float
+    traffic: dict[str, float]  # bytes sent, by collective and mesh axes: "all-gather fsdp"
+    link_bytes: float  # of them, within a node
+    network_bytes: float  # and between nodes
+    seconds: dict[str, float]  # that compute, memory, link, network and host would each take alone
+    compile_seconds: float
+
+    @property
+    def bound(self) -> str:
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def at_best(self) -> float:
+        """Seconds if all of it overlapped."""
+        return max(self.seconds.values())
+
+    @property
+    def one_by_one(self) -> float:
+        """Seconds if nothing overlapped."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on described or real devices."""
+
+    topology: str
+    hardware: str
+    memory: float  # of a device, bytes
+    mesh: dict[str, int]
+    resident: dict[str, int]  # bytes on a device throughout, by name
+    resident_host: dict[str, int]
+    programs: list[Program] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        return max(p.peak for p in self.programs)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.memory
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(p.at_best for p in self.programs)
+
+    @property
+    def step_seconds_one_by_one(self) -> float:
+        return sum(p.one_by_one for p in self.programs)
+
+    def to_dict(self) -> dict[str, Any]:
+        programs = [
+            dataclasses.asdict(p) | {"bound": p.bound, "at_best": p.at_best, "one_by_one": p.one_by_one}
+            for p in self.programs
+        ]
+        return dataclasses.asdict(self) | {
+            "programs": programs, "peak": self.peak, "fits": self.fits, "step_seconds": self.step_seconds,
+            "step_seconds_one_by_one": self.step_seconds_one_by_one,
+        }  # fmt: skip
+
+
+def make_plan(
+    c: Config,
+    topology: Topology,
+    *,
+    only: Callable[[str], bool] = lambda name: True,
+) -> Plan:
+    """Compile the programs whose names `only` takes, with shapes alone. Raises ValueError for what fits no such mesh."""
+    mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices=topology.devices)
+    run = programs_of(c, roles_of(c, mesh))
+    device = {name: 0 if name in run.offloaded else bytes_of(tree) for name, tree in run.resident.items()}
+    host = {name: bytes_of(tree) - device[name] for name, tree in run.resident.items()}
+    plan = Plan(topology.name, topology.hardware.name, topology.hardware.memory, dict(mesh.shape), device, host)
+    plan.programs.extend(_compile(work, run, device, topology) for work in run.work if only(work.name))
+    return plan
+
+
+def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology) -> Program:
+    start = time.perf_counter()
+    compiled = work.lower().compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments, host, arriving = memory.argument_size_in_bytes, memory.host_argument_size_in_bytes, 0
+    if not host:
+        host, arriving = _waiting(work, run)
+        arguments -= host
+    beside = sum(size for name, size in resident.items() if name not in (*work.uses, *work.frees))
+    mesh_shape, hardware = dict((work.mesh or run.mesh).shape), topology.hardware
+    found = facts(compiled.as_text(), run.mesh.size, work.loops)
+    traffic, between = defaultdict(float), 0.0
+    for collective in found.collectives:
+        sent = collective.bytes * collective.times * work.calls
+        traffic[f"{collective.kind} {'+'.join(collective.axes(mesh_shape)) or 'none'}"] += sent
+        between += sent if collective.crosses(topology.per_node) else 0.0
+    flops, memory_bytes = (work.calls * x for x in cost(work, mesh_shape))
+    if work.kind == "move":
+        memory_bytes = float(work.calls * (memory.argument_size_in_bytes + memory.output_size_in_bytes))
+    within = sum(traffic.values()) - between
+    times = 2 if work.kind == "update" else 1  # there and back
+    return Program(
+        name=work.name, calls=work.calls, arguments=arguments, outputs=outputs,
+        temporaries=memory.temp_size_in_bytes, host=host + memory.host_temp_size_in_bytes,
+        peak=beside + arguments + outputs + memory.temp_size_in_bytes + arriving,
+        largest=found.largest, largest_bytes=found.largest_bytes, flops=flops, memory_bytes=memory_bytes,
+        traffic=dict(traffic), link_bytes=within, network_bytes=between, compile_seconds=seconds,
+        seconds={
+            "compute": flops / hardware.flops,
+            "memory": memory_bytes / hardware.memory_bandwidth,
+            "link": within / hardware.link,
+            "network": between / hardware.network,
+            "host": times * work.calls * host / hardware.host_link,
+        },
+    )  # fmt: skip
+
+
+def _waiting(work: Work, run: Run) -> tuple[int, int]:
+    """Bytes in host memory that a program reads, and those of them that are on the device at once.
+
+    Counted, for the compilers that know no host memory (XLA for described GPUs, and for CPUs, whose memory is one):
+    what is streamed by layers needs room for two of them, weights that are trained or published come whole.
+    """
+    names = [name for name in work.uses if name in run.offloaded]
+    sizes = {name: bytes_of(run.resident[name]) for name in names}
+    streamed = {name for name in names if "optimizer" in name or work.kind == "forward" or name == "base"}
+    at_once = {name: 2 * size // work.model.num_layers if name in streamed else size for name, size in sizes.items()}
+    return sum(sizes.values()), sum(at_once.values())
+
+
+def table(plan: Plan) -> str:
+    """The plan as lines of text, in GB of 10^9 bytes."""
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    lines = [f"{plan.topology}: mesh {mesh}, {plan.memory / 1e9:.1f} GB a device ({plan.hardware})", ""]
+    lines.append("lies there throughout  GB on a device  GB in host memory")
+    for name, size in plan.resident.items():
+        lines.append(f"  {name:<20} {size / 1e9:>14.2f} {plan.resident_host[name] / 1e9:>18.2f}")
+    lines.append(
+        f"  {'all':<20} {sum(plan.resident.values()) / 1e9:>14.2f} {sum(plan.resident_host.values()) / 1e9:>18.2f}"
+    )
+    lines += [
+        "",
+        "program           calls  args   out  temp  host  peak GB | TFLOP   GB sent  (nodes) | s at best  bound by",
+    ]
+    for p in plan.programs:
+        numbers = " ".join(f"{x / 1e9:5.1f}" for x in (p.arguments, p.outputs, p.temporaries, p.host))
+        lines.append(
+            f"{p.name:<17} {p.calls:>5} {numbers} {p.peak / 1e9:8.2f} |{p.flops / 1e12:6.0f} "
+            f"{(p.link_bytes + p.network_bytes) / 1e9:9.1f} {p.network_bytes / 1e9:8.1f} | {p.at_best:9.2f}  {p.bound}"
+        )
+    lines += ["", "sent by one device in a step, GB"]
+    for p in plan.programs:
+        sent = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sorted(p.traffic.items(), key=lambda t: -t[1]))
+        if sent:
+            lines.append(f"  {p.name:<17} {sent}")
+    lines += [
+        "",
+        f"a step at best {plan.step_seconds:.1f} s, {plan.step_seconds_one_by_one:.1f} s if nothing overlaps "
+        "(every sequence at full length)",
+        verdict(plan),
+    ]
+    return "\n".join(lines)
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, and by how much; where it does not, what to change."""
+    worst = max(plan.programs, key=lambda p: p.peak)
+    left = (plan.memory - worst.peak) / 1e9
+    if plan.fits:
+        return f"fits: {left:.1f} GB of {plan.memory / 1e9:.1f} left at the peak, in {worst.name}"
+    return f"does not fit: {worst.name} needs {worst.peak / 1e9:.1f} GB, {-left:.1f} too many. {advice(plan, worst)}"
+
+
+def advice(plan: Plan, worst: Program) -> str:
+    lying = sum(plan.resident.values())
+    optimizer = sum(size for name, size in plan.resident.items() if "optimizer" in name)
+    if lying > plan.memory or optimizer > worst.temporaries:
+        return (
+            f"{lying / 1e9:.1f} GB lie on a device throughout ({optimizer / 1e9:.1f} of them optimizer state): raise "
+            "mesh.fsdp or mesh.tensor, let them wait in host memory (actor.offload and critic.offload, [optimizer] or "
+            "[optimizer, params]), or train adapters (model.lora_rank)"
+        )
+    if worst.name.startswith("gen"):
+        return "Lower rollout.max_num_seqs, or raise mesh.tensor"
+    role = "critic" if "critic" in worst.name or worst.name == "values" else "actor"
+    return f"Set model.remat=full, lower {role}.ppo_max_token_len_per_gpu, or raise mesh.fsdp or mesh.tensor"
