@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,15 @@ from .parallel import generation_mesh, make_mesh, put_replicated
 from .plan.check import check_fits
 from .progress import Progress, plot_rewards
 from .reward_model import RewardModel
-from .rewards import Score, make_scorer
+from .rewards import Score, Scorer, make_scorer
+from .rewards.custom import InThisProcess
 from .roles import Roles, model_config, policy_loss
 from .rollout.engine import Engine
 from .rollout.jax_engine import JaxEngine
 from .rollout.turns import Turns
 from .rollout.vllm_engine import VllmEngine
 from .sources import load_rows
-from .weights.pretrained import open_pretrained
+from .weights.live import open_model, with_tokenizer
 
 Tree = Any
 log = logging.getLogger(__name__)
@@ -55,24 +56,42 @@ class Trainer:
 
     `link` is that of `distributed.start`, where the run has several processes. All of them do the same; what must be
     decided or done once goes over `link`.
+
+    Objects may stand in for what the config names: `model`, a live torch model of transformers or PEFT (or a path);
+    `tokenizer`; `train_dataset` and `val_dataset`, a `datasets.Dataset` or a list of dicts; `reward`, a function in any
+    form of `rewards/custom.py`, called in this process and added to the rewards of the config.
     """
 
-    def __init__(self, config: Config, link: Link | None = None):
+    def __init__(
+        self,
+        config: Config,
+        link: Link | None = None,
+        *,
+        model: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        train_dataset: Any = None,
+        val_dataset: Any = None,
+        reward: Callable[..., Any] | None = None,
+    ):
+        config_module.check_sources(
+            config, model=model is not None, train_dataset=train_dataset is not None, reward=reward is not None
+        )
         c = self.config = config
         self.link = Link() if link is None else link
         self.folder = c.run_dir
         self.checkpoints = Checkpoints(self.folder / "checkpoints", max_to_keep=c.trainer.max_ckpt_to_keep)
         # Decided once: process 0 may begin to write before another one looks.
         self.start: tuple[str, int] | None = self.link.first("where to start", self._where_to_start)
-        self.source = open_pretrained(c.model.path, c.model.lora_adapter_path)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.source.tokenizer)
+        self.source = open_model(c.model.path if model is None else model, c.model.lora_adapter_path)
+        self.tokenizer = self._tokenizer(tokenizer)
         self.stop_ids = _stop_ids(self.tokenizer, self.source.generation_config)
         self.mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-        train = self._dataset("train")
+        train = self._dataset("train", train_dataset)
         self.loader = PromptLoader(
             train, prompts_per_step=c.data.train_batch_size, seed=c.data.seed, shuffle=c.data.shuffle
         )
-        self.val = self._dataset("val") if c.data.val_files is not None else None
+        has_val = val_dataset is not None or c.data.val_files is not None
+        self.val = self._dataset("val", val_dataset) if has_val else None
         check_same(self.link, "the data", {
             "data.train_files": f"data of fingerprint {train.fingerprint}",
             "data.val_files": self.val and f"data of fingerprint {self.val.fingerprint}",
@@ -82,7 +101,7 @@ class Trainer:
             rows = rows_of(c, self.mesh, c.actor.ppo_max_token_len_per_gpu)
             print(config_module.describe(c, num_rows=rows, steps=self.steps, num_prompts=len(train)))
         self._check_choices()
-        self.scorer = self._make_scorer()
+        self.scorer = self._make_scorer(reward)
         self.compiles = CompileCounter()
         self.roles = Roles(c, self.mesh, self.source, steps=self.steps, needs_critic=self.needs_critic)
         check_fits(c, self.roles)
@@ -126,10 +145,19 @@ class Trainer:
             return str(path.parent), int(match[1])
         return None
 
-    def _dataset(self, split: str) -> PromptDataset:
+    def _tokenizer(self, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+        """The tokenizer that was handed over, which is then exported too, or the model's own."""
+        if given is not None:
+            self.source = with_tokenizer(self.source, given)
+            return given
+        if self.source.tokenizer is None:
+            raise ValueError(f"{self.source.name} brings no tokenizer: hand it over too, Trainer(..., tokenizer=...)")
+        return AutoTokenizer.from_pretrained(self.source.tokenizer)
+
+    def _dataset(self, split: str, given: Any) -> PromptDataset:
         d = self.config.data
         files, kwargs = (d.train_files, d.train_kwargs) if split == "train" else (d.val_files, d.val_kwargs)
-        kwargs = dict(kwargs)
+        files, kwargs = files if given is None else given, dict(kwargs)
         is_task = isinstance(files, str) and files.startswith("task:")
         rows_split = kwargs.pop("split", {"train": "train", "val": "test"}[split] if is_task else None)
         rows = load_rows(files, split=rows_split, kwargs=kwargs)
@@ -160,7 +188,7 @@ class Trainer:
         if longest > (most := model_config(c.model, self.source.hf_config).max_position):
             raise ValueError(
                 f"data.max_prompt_length + data.max_response_length = {longest} is more than the {most} tokens of the "
-                f"context of {c.model.path}: lower one of them"
+                f"context of {self.source.name}: lower one of them"
             )
 
     def _check_ahead(self) -> None:
@@ -178,9 +206,11 @@ class Trainer:
                 "for ever, set trainer.trainer_mode=sync"
             )
 
-    def _make_scorer(self):
+    def _make_scorer(self, given: Callable[..., Any] | None) -> Scorer:
         r = self.config.reward
         started = {}
+        if given is not None:
+            started["reward"] = InThisProcess(given, timeout_s=r.timeout_s, max_concurrent=64), 1.0
         if r.model.path is not None:
             tokens = self.config.critic.ppo_max_token_len_per_gpu
             started["model"] = (

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jaxrl import config as config_module
-from jaxrl.config import CHOICES, MAY_CHANGE, Config, describe, differences, from_dict, load, save
+from jaxrl.config import CHOICES, MAY_CHANGE, Config, check_sources, describe, differences, from_dict, load, save
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = {
@@ -103,8 +103,10 @@ def test_an_override_of_one_item_of_a_list_is_refused_with_an_example(file):
 
 
 def test_settings_that_are_missing_are_all_named(file):
-    with pytest.raises(ValueError, match=r"^data\.train_files, model\.path, trainer\.experiment_name must be set$"):
+    with pytest.raises(ValueError, match=r"^trainer\.experiment_name must be set$"):
         from_dict({})
+    with pytest.raises(ValueError, match=r"^data\.train_files, model\.path must be set$"):
+        check_sources(from_dict({"trainer": {"experiment_name": "x"}}))
     with pytest.raises(ValueError, match=r"reward\.functions\[0\]\.name must be set"):
         load(file, ["reward.functions=[{weight: 2}]"])
 

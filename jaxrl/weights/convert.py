@@ -6,7 +6,6 @@ is there and, if asked, verified.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from .hf_names import axis_sizes, flatten, in_order, rows
 from .load import load_array
 from .orbax_folder import PARAMS, save_arrays
 from .peft import Adapter
-from .peft_config import CONFIG_FILE
-from .peft_tree import write_adapter
+from .peft_tree import carry_adapter_config, write_adapter
 from .safetensors_writer import TensorSpec, dtype_named
 from .source import Options, Source, open_adapter_source, open_source
 from .verify import verify_adapter, verify_logits, verify_tensors
@@ -175,10 +173,7 @@ def _write_peft(adapter: Adapter, source: str, out: Path, dtype: str | None, ver
             raise ValueError(f"{source}: tensor {name} holds NaN or infinite numbers")
         tensors[name] = np.ascontiguousarray(tensor.astype(stored.dtype if dtype is None else dtype_named(dtype)))
     with new_folder(out) as folder:
-        if (adapter.folder / CONFIG_FILE).is_file():
-            shutil.copyfile(adapter.folder / CONFIG_FILE, folder / CONFIG_FILE)
-        else:
-            write_json(folder / CONFIG_FILE, dict(adapter.config.raw))
+        carry_adapter_config(folder, adapter)
         write_adapter(folder, tensors, source=source)
         if verify:
             verify_adapter(folder, adapter)

@@ -132,12 +132,20 @@ def export_peft(
             if like is None:
                 write_adapter_config(folder, config, base)
             else:
-                shutil.copyfile(like.folder / CONFIG_FILE, folder / CONFIG_FILE)
+                carry_adapter_config(folder, like)
             write_adapter(folder, tensors, source=f"trained from {base}")
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(f"exported {out_dir}")
+
+
+def carry_adapter_config(folder: Path, adapter: Adapter) -> None:
+    """`adapter_config.json` as the adapter has it, byte for byte where it came from a folder."""
+    if (adapter.folder / CONFIG_FILE).is_file():
+        shutil.copyfile(adapter.folder / CONFIG_FILE, folder / CONFIG_FILE)
+    else:
+        write_json(folder / CONFIG_FILE, dict(adapter.config.raw))
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], *, source: str) -> None:

@@ -196,7 +196,7 @@ def _fit(
     checkpoint, hf_config = _unpacked(checkpoint, hf_config, options)
     if checkpoint.layout == "flax":
         hf_config = _as_flax_reads_it(checkpoint, hf_config)
-    head, settings = _head(checkpoint, hf_config, options)
+    head, settings = which_head(checkpoint, hf_config, options)
     config = ModelConfig.from_hf(hf_config, **settings)
     checkpoint = fitted(checkpoint, config, head, head_path=options.head_path)
     return Source(name, checkpoint, config_for_head(hf_config, config, head), config, head, companions)
@@ -215,7 +215,7 @@ def _as_flax_reads_it(checkpoint: Checkpoint, hf_config: Mapping[str, Any]) -> d
     return {**hf_config, "tie_word_embeddings": False}
 
 
-def _head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], options: Options) -> tuple[str, dict[str, Any]]:
+def which_head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], options: Options) -> tuple[str, dict[str, Any]]:
     """Which head is meant, and what `ModelConfig` must hold for it."""
     if options.head == "lm":
         return "lm", {}

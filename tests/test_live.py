@@ -1,0 +1,171 @@
+"""Models in memory: a torch model in, a torch model back, and a run from Python with live objects."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from letters import ROWS, metrics_of, settings, share_of_a, tokenizer_of
+from safetensors.numpy import load_file
+
+import jaxrl
+from jaxrl.models.decoder import head_table, hidden_states, score
+from jaxrl.weights.hf_names import flatten
+
+DATA = Path(__file__).parent / "data"
+LLAMA = DATA / "hf_torch" / "llama32-tied"
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+def logits_of(model: jaxrl.LoadedModel, tokens):
+    tokens = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    head = "score" if "score" in model.params else "lm"
+    with jax.default_matmul_precision("highest"):
+        x = hidden_states(model.config, model.variables, tokens, positions, jnp.ones_like(tokens), 0 * tokens, head)
+        return score(model.params, x) if head == "score" else x @ head_table(model.config, model.params).T
+
+
+def test_importing_jaxrl_starts_nothing_and_loading_a_folder_needs_no_torch():
+    code = (
+        "import sys, jaxrl\n"
+        "assert not {'jax', 'flax', 'torch', 'numpy'} & set(sys.modules)\n"
+        f"model = jaxrl.from_hf({str(LLAMA)!r})\n"
+        "assert model.config.num_layers == 2 and 'torch' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with pytest.raises(AttributeError, match="no attribute 'from_h'"):
+        jaxrl.from_h  # noqa: B018
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_live_model_in_and_back_is_the_same_model(dtype):
+    live = transformers.AutoModelForCausalLM.from_pretrained(LLAMA, dtype=getattr(torch, dtype))
+    loaded = jaxrl.from_hf(live)
+    by_path = jaxrl.from_hf(str(LLAMA), dtype=dtype)
+    assert loaded.config == by_path.config
+    for (path, ours), (_, theirs) in zip(flatten(loaded.params), flatten(by_path.params), strict=True):
+        assert ours.dtype == dtype, path
+        np.testing.assert_array_equal(ours, theirs, err_msg=path)
+    back = jaxrl.to_hf(loaded.params, loaded.config)
+    assert type(back) is type(live) and back.config.rope_parameters == live.config.rope_parameters
+    assert back.dtype == live.dtype and back.lm_head.weight is back.model.embed_tokens.weight
+    theirs = live.state_dict()
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_live_model_has_the_logits_of_torch():
+    live = transformers.AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32).eval()
+    tokens = np.arange(14).reshape(2, 7)
+    with torch.no_grad():
+        expected = live(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits_of(jaxrl.from_hf(live), tokens), expected, atol=2e-5)
+
+
+def test_folder_that_to_hf_writes_holds_the_same_tensors(tmp_path):
+    model = jaxrl.from_hf(LLAMA)
+    assert jaxrl.to_hf(model.params, model.config, tmp_path / "out") is None
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", LLAMA))
+    assert ours.keys() == theirs.keys() and all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
+    with pytest.raises(ValueError, match="exists already"):
+        jaxrl.to_hf(model.params, model.config, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def peft_model():
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(DATA / "peft_lora" / "base-llama")
+    return peft.PeftModel.from_pretrained(base, DATA / "peft_lora" / "regex_patterns").eval()
+
+
+def test_live_peft_model_comes_with_its_adapters_and_goes_back_merged(peft_model):
+    loaded = jaxrl.from_hf(peft_model)
+    by_path = jaxrl.from_hf(DATA / "peft_lora" / "base-llama", adapter=DATA / "peft_lora" / "regex_patterns")
+    assert loaded.config == by_path.config and loaded.lora is not None
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, by_path.variables)
+    expected = np.load(DATA / "peft_lora" / "regex_patterns" / "expected_logits.npz")
+    tokens = expected["input_ids"]
+    np.testing.assert_allclose(logits_of(loaded, tokens), expected["logits_adapter"], atol=2e-5)
+    back = jaxrl.to_hf(loaded.params, loaded.config, lora=loaded.lora)
+    with torch.no_grad():
+        np.testing.assert_allclose(back(torch.from_numpy(tokens)).logits, expected["logits_merged"], atol=2e-5)
+
+
+def test_live_reward_model_keeps_its_head():
+    live = transformers.AutoModelForSequenceClassification.from_pretrained(
+        DATA / "heads" / "llama-seqcls-reward"
+    ).eval()
+    loaded = jaxrl.from_hf(live)
+    tokens = np.arange(1, 8).reshape(1, 7)
+    with torch.no_grad():
+        expected = live(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits_of(loaded, tokens)[:, -1], expected, atol=2e-5)
+    back = jaxrl.to_hf(loaded.params, loaded.config)
+    assert type(back) is type(live) and torch.equal(back.score.weight, live.score.weight)
+
+
+def test_four_bit_folder_comes_packed():
+    model = jaxrl.from_hf(DATA / "bnb_nf4" / "llama-nf4-double")
+    assert model.packed is not None and "mlp" not in model.params["layers"]
+    expected = np.load(DATA / "bnb_nf4" / "llama-nf4-double" / "expected_logits.npz")
+    np.testing.assert_allclose(
+        logits_of(model, expected["input_ids"]), expected["logits_dequant_f32"], atol=2e-4
+    )  # float32, another order of sums
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ValueError, match="a model is a path, a Hub id or a torch model, not a dict"):
+        jaxrl.from_hf({})
+    with pytest.raises(ValueError, match="Linear is not a model of transformers"):
+        jaxrl.from_hf(torch.nn.Linear(2, 2))
+
+
+def test_run_from_python_takes_live_model_tokenizer_datasets_and_reward(tmp_path):
+    import datasets
+
+    live = transformers.AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    tokenizer = tokenizer_of(live.config.vocab_size)
+    before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
+    tree = settings(tmp_path / "run")
+    del tree["data"]["train_files"], tree["reward"]
+    rows, seen = datasets.Dataset.from_list(ROWS), []
+
+    def reward(solution_str, extra_info):  # a closure: no file could name it
+        seen.append(extra_info)
+        return share_of_a(solution_str)
+
+    config = jaxrl.from_dict(tree)
+    with pytest.raises(ValueError, match="the live LlamaForCausalLM brings no tokenizer"):
+        jaxrl.Trainer(config, model=live, train_dataset=rows, reward=reward)
+    trainer = jaxrl.Trainer(
+        config, model=live, tokenizer=tokenizer, train_dataset=rows, val_dataset=ROWS[:2], reward=reward
+    )
+    trainer.fit()
+    logged = metrics_of(tmp_path / "run")
+    assert len(logged) == 2 and "val-core/sums/reward/mean@1" in logged[-1] and len(seen) == 2 * 8 * 4 + 2
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
+    assert type(back) is type(live)
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")("a+b").input_ids
+        == tokenizer("a+b").input_ids
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in live.state_dict().items())  # it is only read
+    moved = [name for name, tensor in back.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert len(moved) > 5
+
+
+def test_what_the_trainer_is_handed_twice_or_not_at_all_is_said():
+    config = jaxrl.from_dict({"trainer": {"experiment_name": "x"}, "model": {"path": "m"}})
+    with pytest.raises(ValueError, match=r"model\.path is set, and the trainer was handed an object in its place"):
+        jaxrl.Trainer(config, model="other", train_dataset=ROWS, reward=len)
+    with pytest.raises(ValueError, match=r"^data\.train_files must be set$"):
+        jaxrl.Trainer(config)
+    with pytest.raises(ValueError, match="there is no reward"):
+        jaxrl.Trainer(config, train_dataset=ROWS)
