@@ -16,6 +16,7 @@ from jaxrl.models.decoder import abstract_params
 from jaxrl.parallel import make_mesh, with_shardings
 from jaxrl.weights.export import export_hf, hf_tensors
 from jaxrl.weights.folder import both_spellings
+from jaxrl.weights.folder import both_spellings
 from jaxrl.weights.hf_names import flatten
 from jaxrl.weights.load import load_hf_config, load_params, open_checkpoint
 
@@ -246,3 +247,39 @@ def test_stream_of_tensors_is_lazy_and_in_the_order_of_a_forward_pass():
         array.delete()
     with pytest.raises(RuntimeError, match="deleted"):  # nothing of the layers had been fetched ahead
         next(stream)
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (  # Gemma 3 as transformers 5 has it
+            {"model_type": "gemma3_text", "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4}}},
+            {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        ),
+        (  # and as transformers 4 has it, its usual bases left out
+            {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        ),
+        (
+            {"model_type": "olmo3", "rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 8.0}},
+            {"rope_parameters": {
+                "full_attention": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}},
+        ),
+        (
+            {"model_type": "phi3", "rope_parameters": {
+                "rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "rope_theta": 1e4,
+                "original_max_position_embeddings": 8, "partial_rotary_factor": 0.75}},
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}, "rope_theta": 1e4,
+             "original_max_position_embeddings": 8, "partial_rotary_factor": 0.75},
+        ),
+    ],
+)  # fmt: skip
+def test_ropes_that_transformers_4_and_5_spell_differently_are_written_in_both(given, written):
+    config = both_spellings(given, "float32")
+    assert {key: config[key] for key in written} == written
+    assert both_spellings(config, "float32") == config

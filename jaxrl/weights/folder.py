@@ -14,6 +14,13 @@ from typing import Any
 _LIBC = ctypes.CDLL(None)
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag, of Linux
 
+# What transformers 4 has outside of `rope_scaling`, and transformers 5 within its parameters.
+_OUTSIDE_LONGROPE = ("original_max_position_embeddings", "partial_rotary_factor")
+
+# Families with a rope for each kind of layer -> the bases that a file of transformers 4 leaves out: full attention, and
+# sliding attention (None: the same).
+_THETAS_BY_LAYER = {"gemma3_text": (1_000_000.0, 10_000.0), "olmo3": (10_000.0, None)}
+
 # What stands beside the weights and is carried over unchanged by an export.
 COMPANIONS = (
     "tokenizer.json",
@@ -49,21 +56,36 @@ def load_hf_config(folder: str | Path) -> dict[str, Any]:
 def both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """`config` as transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype) read it."""
     config = {**config, "dtype": dtype, "torch_dtype": dtype}
-    parameters = config.get("rope_parameters")
-    if parameters is None:
-        scaling = dict(config.get("rope_scaling") or {})
-        kind = scaling.pop("type", "default")
-        parameters = {"rope_type": kind, **scaling}
-        if config.get("rope_theta") is not None:
-            parameters["rope_theta"] = config["rope_theta"]
-    elif any(isinstance(value, Mapping) for value in parameters.values()):
-        return config  # one set per layer type: transformers 4 has no spelling for it
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    parameters = config.get("rope_parameters") or _from_version_4(config)
     config["rope_parameters"] = parameters
-    config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    local = parameters.get("sliding_attention")
+    if local is not None:  # a set for each kind of layer: transformers 4 scales those with full attention alone
+        parameters = parameters["full_attention"]
+        config["rope_local_base_freq"] = local["rope_theta"]
+    kind = parameters.get("rope_type", "default")
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    if kind == "longrope":  # of which Phi-3 takes three fields; the others stand outside
+        config |= {key: value for key, value in scaling.items() if key in _OUTSIDE_LONGROPE}
+        scaling = {"type": kind} | {key: scaling[key] for key in ("short_factor", "long_factor")}
+    config["rope_scaling"] = None if kind == "default" else scaling
     if "rope_theta" in parameters:
         config["rope_theta"] = parameters["rope_theta"]
     return config
+
+
+def _from_version_4(config: Mapping[str, Any]) -> dict[str, Any]:
+    scaling = dict(config.get("rope_scaling") or {})
+    kind = scaling.pop("type", "default")
+    parameters = {"rope_type": kind, **scaling}
+    if config.get("rope_theta") is not None:
+        parameters["rope_theta"] = config["rope_theta"]
+    family = str(config.get("model_type"))
+    if family not in _THETAS_BY_LAYER:
+        return parameters
+    theta, local = _THETAS_BY_LAYER[family]
+    parameters.setdefault("rope_theta", theta)
+    local = config.get("rope_local_base_freq", local or parameters["rope_theta"])
+    return {"full_attention": parameters, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
 
 
 def write_json(path: Path, value: Any) -> None:
