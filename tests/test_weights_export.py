@@ -270,6 +270,7 @@ def test_stream_of_tensors_is_lazy_and_in_the_order_of_a_forward_pass():
                 "full_attention": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 5e5},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}},
         ),
+        ({"model_type": "qwen3_moe", "num_local_experts": 4}, {"num_experts": 4, "num_local_experts": 4}),
         (
             {"model_type": "phi3", "rope_parameters": {
                 "rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "rope_theta": 1e4,
@@ -279,7 +280,7 @@ def test_stream_of_tensors_is_lazy_and_in_the_order_of_a_forward_pass():
         ),
     ],
 )  # fmt: skip
-def test_ropes_that_transformers_4_and_5_spell_differently_are_written_in_both(given, written):
+def test_what_transformers_4_and_5_spell_differently_is_written_in_both(given, written):
     config = both_spellings(given, "float32")
     assert {key: config[key] for key in written} == written
     assert both_spellings(config, "float32") == config

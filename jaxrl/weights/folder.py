@@ -56,6 +56,8 @@ def load_hf_config(folder: str | Path) -> dict[str, Any]:
 def both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """`config` as transformers 4 (rope_theta, rope_scaling, torch_dtype) and 5 (rope_parameters, dtype) read it."""
     config = {**config, "dtype": dtype, "torch_dtype": dtype}
+    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]
     parameters = config.get("rope_parameters") or _from_version_4(config)
     config["rope_parameters"] = parameters
     local = parameters.get("sliding_attention")
