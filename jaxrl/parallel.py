@@ -27,6 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "expert": ("tensor",),
     "mlp": ("tensor",),
     "packed_rows": ("fsdp", "tensor"),  # of a matrix in 4 bits: a row holds whole blocks
 }
@@ -93,12 +94,17 @@ def within_replica() -> Iterator[None]:
 
 
 def partition(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """The split of one array; a dimension that its mesh axes do not divide is replicated (here and nowhere else)."""
-    spec = []
+    """The split of one array; a dimension that its mesh axes do not divide is replicated (here and nowhere else).
+
+    A mesh axis splits one dimension of an array, the first that it can: experts, or else what is inside each of them.
+    """
+    spec, used = [], set()
     for name, size in zip(axes, shape, strict=True):
         names = RULES.get(name, ()) if name else ()
         ways = int(np.prod([mesh.shape[n] for n in names]))
-        spec.append(names if names and size % ways == 0 else None)
+        splits = bool(names) and size % ways == 0 and used.isdisjoint(names)
+        spec.append(names if splits else None)
+        used.update(names if splits else ())
     return PartitionSpec(*spec)
 
 

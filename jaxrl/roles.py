@@ -28,7 +28,7 @@ from .parallel import use_mesh, with_shardings
 from .update import Compression, Critic, Policy, PolicyLoss, TrainState, merge
 from .weights.bnb import dequantized, packed_tensors
 from .weights.export import export_hf
-from .weights.hf_names import rows
+from .weights.hf_names import in_order
 from .weights.load import load_params
 from .weights.packed import load_packed, packed_kernels
 from .weights.peft_tree import export_peft, load_lora, lora_settings
@@ -70,7 +70,7 @@ class Roles:
             self._describe_critic(c, steps, find)
 
     def _describe_actor(self, c: Config, steps: int) -> None:
-        self.model = actor_config(c.model, self.source)
+        self.model = dataclasses.replace(actor_config(c.model, self.source), max_length=c.max_length)
         self.actor_optimizer = optimizer_of(c.actor.optim)
         self.policy = Policy(self.mesh, self.model, self.actor_optimizer, policy_loss(c))
         self.actor_lr = schedule_of(c.actor.optim, steps)
@@ -99,7 +99,7 @@ class Roles:
                 f"ref.path {c.ref.path} does not hold the same kernels in 4 bits as model.path {self.source.name}: leave "
                 "it out, and the reference is the model without its adapters"
             )
-        self.ref_model = dataclasses.replace(plain, packed=packed)
+        self.ref_model = dataclasses.replace(plain, packed=packed, max_length=c.max_length)
         self.ref_abstract = abstract_variables(self.mesh, self.ref_model, "lm", c.model.compute_dtype)
         if "params" in c.ref.offload:
             self.ref_abstract = {**self.ref_abstract, "params": waiting(self.ref_abstract["params"])}
@@ -107,7 +107,9 @@ class Roles:
     def _describe_critic(self, c: Config, steps: int, find: Callable[[str], Pretrained]) -> None:
         self.critic_source = self.source if c.critic.path is None else find(c.critic.path)
         layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
-        config = model_config(c.model, self.critic_source.hf_config, score_bias=True, **layers)
+        config = model_config(
+            c.model, self.critic_source.hf_config, score_bias=True, max_length=c.max_length, **layers
+        )
         self.critic_optimizer = optimizer_of(c.critic.optim)
         self.critic = Critic(self.mesh, config, self.critic_optimizer, c.critic.cliprange_value)
         self.critic_lr = schedule_of(c.critic.optim, steps)
@@ -321,7 +323,6 @@ def _lower_layers(source: Pretrained, config: ModelConfig, head: str) -> Checkpo
     if num_stored == config.num_layers:
         return source.checkpoint
     checkpoint = dequantized(source.checkpoint)
-    above = {
-        name for row in rows(config, head=head) if row.stacked for name in row.hf_names(num_stored)[config.num_layers :]
-    }
+    whole = {tensor.name for tensor in in_order(dataclasses.replace(config, num_layers=num_stored), head)}
+    above = whole - {tensor.name for tensor in in_order(config, head)}
     return checkpoint.with_tensors({name: checkpoint.stored(name) for name in checkpoint.tensors if name not in above})

@@ -184,10 +184,9 @@ class Trainer:
             sampling_of(settings, max_tokens=c.data.max_response_length, stop_ids=self.stop_ids)
         if c.trainer.trainer_mode == "one_step_off":
             self._check_ahead()
-        longest = c.data.max_prompt_length + c.data.max_response_length
-        if longest > (most := model_config(c.model, self.source.hf_config).max_position):
+        if c.max_length > (most := model_config(c.model, self.source.hf_config).max_position):
             raise ValueError(
-                f"data.max_prompt_length + data.max_response_length = {longest} is more than the {most} tokens of the "
+                f"data.max_prompt_length + data.max_response_length = {c.max_length} is more than the {most} tokens of the "
                 f"context of {self.source.name}: lower one of them"
             )
 

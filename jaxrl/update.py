@@ -79,9 +79,12 @@ def _hidden(config: ModelConfig, variables: Tree, rows: PackedRows, head: str) -
 
 def _logprobs(config: ModelConfig, variables: Tree, rows: PackedRows, num_slots: Array, temperature: float):
     hidden = _hidden(config, variables, rows, "lm")
-    table = decoder.head_table(config, variables["params"])
+    params = variables["params"]
     with jax.named_scope("logprobs"):
-        return target_logprobs(hidden, table, rows.target_columns, rows.target_ids, num_slots, temperature=temperature)
+        return target_logprobs(
+            hidden, decoder.head_table(config, params), rows.target_columns, rows.target_ids, num_slots,
+            bias=decoder.head_bias(config, params), softcap=config.logit_softcap, temperature=temperature,
+        )  # fmt: skip
 
 
 def _values(config: ModelConfig, variables: Tree, rows: PackedRows) -> Array:

@@ -346,9 +346,10 @@ def poison(tensors):
         (lambda t: None, {"num_hidden_layers": 3}, r"lacks tensors model\.layers\.2\.\S+"),
         (
             lambda t: None,
-            {"num_hidden_layers": 10**12},
-            "config.json says 1000000000000 layers, and there are 21 tensors",
+            {"num_hidden_layers": 5000},
+            "config.json says 5000 layers, and there are 21 tensors",
         ),
+        (lambda t: None, {"num_hidden_layers": 10**12}, "config.json says 1000000000000 layers, and no model has more"),
         (lambda t: None, {"num_hidden_layers": 1}, r"holds tensors model\.layers\.1\.\S+"),
         (lambda t: None, {"num_attention_heads": 8}, r"q_proj\.weight has shape \(32, 32\), expected \(64, 32\)"),
         (lambda t: None, {"num_key_value_heads": 1}, r"k_proj\.weight has shape \(16, 32\), expected \(8, 32\)"),

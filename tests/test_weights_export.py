@@ -21,7 +21,9 @@ from jaxrl.weights.hf_names import flatten
 from jaxrl.weights.load import load_hf_config, load_params, open_checkpoint
 
 DATA = Path(__file__).parent / "data"
-FOLDERS = ["llama31", "llama32-tied", "llama-linear-rope", "qwen2", "qwen3"]
+FOLDERS = sorted(path.name for path in (DATA / "hf_torch").iterdir())
+OPENED = ["llama31", "qwen2", "qwen3-moe", "gemma3", "phi3", "gpt-oss", "olmo3", "gpt-neox"]
+FLAX = ["llama", "mistral", "gemma", "gpt2", "opt", "opt-350m-style", "gptj", "gpt_neo", "bloom"]
 
 
 def load(folder: Path, mesh_shape=(2, 2, 2), head: str = "lm", **run):
@@ -63,8 +65,18 @@ def source_with_tokenizer(folder: Path, name: str, dtype=np.float32) -> Path:
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_export_then_load_returns_identical_bytes(tmp_path, name):
-    round_trip(DATA / "hf_torch" / name, tmp_path / "out")
-    assert_identical(tmp_path / "out", DATA / "hf_torch" / name)
+    source = DATA / "hf_torch" / name
+    round_trip(source, tmp_path / "out")
+    assert_identical(tmp_path / "out", source)
+    written, read = load_hf_config(tmp_path / "out"), load_hf_config(source)
+    assert written | read == written, "what config.json said, it still says"
+    assert ModelConfig.from_hf(written) == ModelConfig.from_hf(read)
+
+
+@pytest.mark.parametrize("family", FLAX)
+def test_a_flax_model_is_exported_as_its_torch_twin(tmp_path, family):
+    round_trip(DATA / "hf_flax" / family, tmp_path / "out")
+    assert_identical(tmp_path / "out", DATA / "hf_flax" / family / "torch")
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
@@ -91,7 +103,7 @@ def test_every_number_of_bfloat16_survives_float32_and_back(tmp_path):
     assert_identical(tmp_path / "out", source)
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", OPENED)
 def test_exported_folder_opens_in_transformers_with_the_recorded_logits(tmp_path, name):
     import torch
     from transformers import AutoModelForCausalLM
@@ -111,6 +123,9 @@ def test_exported_folder_opens_in_transformers_with_the_recorded_logits(tmp_path
         ("qwen2-tokencls-critic", "Qwen2ForTokenClassification", 1, True),
         ("llama-seqcls-reward", "LlamaForSequenceClassification", 1, False),
         ("qwen2-seqcls-3labels", "Qwen2ForSequenceClassification", 3, False),
+        ("gemma2-seqcls-reward", "Gemma2ForSequenceClassification", 1, False),
+        ("phi3-seqcls-reward", "Phi3ForSequenceClassification", 1, False),
+        ("gpt2-seqcls-reward", "GPT2ForSequenceClassification", 1, False),
     ],
 )
 def test_critic_and_reward_heads_round_trip_under_their_class(tmp_path, name, head_class, labels, bias):

@@ -42,11 +42,10 @@ def check(c: Config) -> None:
             f"actor.ppo_mini_batch_size {c.actor.ppo_mini_batch_size} must divide data.train_batch_size "
             f"{c.data.train_batch_size}: both count prompts"
         )
-    longest = c.data.max_prompt_length + c.data.max_response_length
-    if c.row_length < longest:
+    if c.row_length < c.max_length:
         raise ValueError(
             f"trainer.row_length {c.row_length} is shorter than data.max_prompt_length + data.max_response_length = "
-            f"{longest}: raise it or leave it out"
+            f"{c.max_length}: raise it or leave it out"
         )
     if c.model.attention == "splash" and c.trainer.share_prompt and c.rollout.n > 1:
         raise ValueError(

@@ -272,9 +272,13 @@ class Config:
         return self.actor.use_kl_loss or self.algorithm.use_kl_in_reward
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that a run can make."""
+        return self.data.max_prompt_length + self.data.max_response_length
+
+    @property
     def row_length(self) -> int:
-        longest = self.data.max_prompt_length + self.data.max_response_length
-        return self.trainer.row_length or -(-longest // 128) * 128
+        return self.trainer.row_length or -(-self.max_length // 128) * 128
 
     @property
     def run_dir(self) -> Path:

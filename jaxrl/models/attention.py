@@ -7,10 +7,56 @@ scores [R, N, T, T] in memory.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from .config import ModelConfig
+
+ALL = 1 << 30  # a window that holds every token, where windows are numbers of the program
+
+
+class Where(NamedTuple):
+    """Where the tokens of packed rows stand: see `batch.PackedRows`."""
+
+    positions: Int[Array, "R T"]
+    segments: Int[Array, "R T"]
+    prefixes: Int[Array, "R T"]
+
+
+class Scoring(NamedTuple):
+    """How a layer makes weights from queries times keys."""
+
+    scale: float | Array
+    window: int | Array = 0  # how many tokens back one sees, itself included; 0: all
+    softcap: float = 0.0  # cap * tanh(score / cap); 0: none
+    slopes: Float[np.ndarray, "N"] | None = None  # ALiBi: what a score loses with every token of distance
+    sinks: Float[Array, "N"] | None = None  # scores that take part in the softmax and have no value
+
+
+def scoring_of(config: ModelConfig, layer: int) -> Scoring:
+    """What the architecture says of a layer, but for the sinks, which are weights."""
+    scale = config.attention_scale or 1 / math.sqrt(config.head_dim)
+    return Scoring(
+        scale=scale / (layer + 1) if config.attention_scale_by_layer else scale,
+        window=config.window_of(layer),
+        softcap=config.attention_softcap,
+        slopes=alibi_slopes(config.num_heads) if config.positions == "alibi" else None,
+    )
+
+
+def alibi_slopes(num_heads: int) -> Float[np.ndarray, "N"]:
+    """2^(-8/n), 2^(-16/n) ... for n heads where n is a power of two (arXiv:2108.12409).
+
+    Another number of heads takes the slopes of the power below it, and the rest from the power above it, every second.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (head + 1) / power) for head in range(power)]
+    between = [2.0 ** (-4.0 * (head + 1) / power) for head in range(0, 2 * (num_heads - power), 2)]
+    return np.array(slopes + between, np.float32)
 
 
 def visible(segments: Int[Array, "R T"], prefixes: Int[Array, "R T"]) -> Bool[Array, "R T T"]:
@@ -21,46 +67,77 @@ def visible(segments: Int[Array, "R T"], prefixes: Int[Array, "R T"]) -> Bool[Ar
     return causal & (own | prefix) & (segments > 0)[:, None, :]
 
 
+def distances(positions: Int[Array, "R T"]) -> Int[Array, "R T T"]:
+    """How many tokens back another one is in the same sequence: by positions, as a prefix lies elsewhere in the row."""
+    return positions[:, :, None] - positions[:, None, :]
+
+
+def softmax_weights(
+    scores: Float[Array, "B K G *T S"], mask: Bool[Array, "B *T S"], distance: Int[Array, "B *T S"], s: Scoring
+) -> Float[Array, "B K G *T S"]:
+    """The weights of each query's keys, in float32. Rows that see nothing (padding) attend evenly."""
+
+    def of_heads(x) -> Array:  # [N] beside the scores
+        return jnp.asarray(x, jnp.float32).reshape(*scores.shape[1:3], *[1] * (scores.ndim - 3))
+
+    scores = scores * s.scale
+    if s.softcap:
+        scores = s.softcap * jnp.tanh(scores / s.softcap)
+    if s.slopes is not None:
+        scores -= of_heads(s.slopes) * distance[:, None, None]
+    if not isinstance(s.window, int) or s.window:
+        mask &= distance < s.window
+    scores = jnp.where(mask[:, None, None], scores, -1e30)
+    if s.sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = of_heads(s.sinks)
+    top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sinks))
+    exp = jnp.exp(scores - top)
+    return exp / (exp.sum(axis=-1, keepdims=True) + jnp.exp(sinks - top))
+
+
 def attention_xla(
-    q: Float[Array, "R T N H"], k: Float[Array, "R S K H"], v: Float[Array, "R S K H"], mask: Bool[Array, "R T S"]
+    q: Float[Array, "R T N H"], k: Float[Array, "R T K H"], v: Float[Array, "R T K H"], where: Where, scoring: Scoring
 ) -> Float[Array, "R T N H"]:
-    """softmax(q k' / sqrt(H)) v with the softmax in float32. Rows that see nothing (padding) attend evenly."""
+    """softmax(scale q k') v with the softmax in float32."""
     R, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(R, T, K, N // K, H)
-    scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(H)
-    scores = jnp.where(mask[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32)
+    mask = visible(where.segments, where.prefixes)
+    weights = softmax_weights(scores, mask, distances(where.positions), scoring).astype(v.dtype)
     return jnp.einsum("rkgts,rskh->rtkgh", weights, v).reshape(R, T, N, H)
 
 
-def attention_cudnn(q, k, v, segments, prefixes):
-    """cuDNN's fused attention: bf16 or fp16, head size a multiple of 8 up to 128, T even."""
-    mask = visible(segments, prefixes)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+def attention_cudnn(q, k, v, where: Where, scoring: Scoring):
+    """cuDNN's fused attention: bf16 or fp16, head size a multiple of 8 up to 128, T even; no softcap, ALiBi, sinks."""
+    mask = visible(where.segments, where.prefixes)
+    if not isinstance(scoring.window, int) or scoring.window:
+        mask &= distances(where.positions) < scoring.window
+    if not isinstance(scoring.scale, float):
+        q, scoring = (q * scoring.scale).astype(q.dtype), scoring._replace(scale=1.0)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scoring.scale, implementation="cudnn")
 
 
-def attention_splash(q, k, v, segments, prefixes, interpret: bool = False):
+def attention_splash(q, k, v, where: Where, scoring: Scoring, interpret: bool = False):
     """Splash attention (Pallas, TPU): T a multiple of 128, head size a multiple of 128 on the chip.
 
-    It knows segments but not prefixes: the config refuses `share_prompt` with it.
+    It knows segments but not prefixes: the config refuses `share_prompt` with it. A window counts columns, which within
+    a segment are positions; it is the same in every layer. No ALiBi, no sinks.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    del prefixes
     T, N = q.shape[1], q.shape[2]
-    causal = masks.MultiHeadMask([masks.CausalMask((T, T))] * N)
-    kernel = splash.make_splash_mha(causal, head_shards=1, q_seq_shards=1, interpret=interpret)
+    one = masks.LocalMask((T, T), (scoring.window - 1, 0), 0) if scoring.window else masks.CausalMask((T, T))
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([one] * N), head_shards=1, q_seq_shards=1, interpret=interpret,
+        attn_logits_soft_cap=scoring.softcap or None,
+    )  # fmt: skip
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
-    q = q / math.sqrt(q.shape[-1])
-    heads_first = [x.swapaxes(1, 2) for x in (q, k, v)]
-    attended = jax.vmap(kernel)(*heads_first, segment_ids=splash.SegmentIds(segments, segments))
+    heads_first = [x.swapaxes(1, 2) for x in ((q * scoring.scale).astype(q.dtype), k, v)]
+    attended = jax.vmap(kernel)(*heads_first, segment_ids=splash.SegmentIds(where.segments, where.segments))
     return attended.swapaxes(1, 2)
 
 
-def _xla(q, k, v, segments, prefixes):
-    return attention_xla(q, k, v, visible(segments, prefixes))
-
-
-ATTENTION = {"xla": _xla, "cudnn": attention_cudnn, "splash": attention_splash}
+ATTENTION = {"xla": attention_xla, "cudnn": attention_cudnn, "splash": attention_splash}

@@ -15,9 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..offload import to_device
-from .attention import ATTENTION
-from .config import ModelConfig
-from .layers import INIT, DecoderLayer, RMSNorm, logical, rope_cossin
+from .attention import ALL, ATTENTION, Where, scoring_of
+from .block import DecoderLayer
+from .config import ModelConfig, Run
+from .layers import INIT, Dense, logical, norm_of
+from .rope import rope_cossin
 
 Tree = dict[str, Any]
 
@@ -36,17 +38,35 @@ REMAT_POLICIES = {
 
 
 class Embedding(nn.Module):
-    """The token table [V, D]: looked up at the bottom, and multiplied with at the top where it is tied."""
+    """The token table [V, D], looked up at the bottom (and multiplied with at the top where it is tied).
+
+    With it whatever else an architecture does before its first layer: learned positions, a scale, a norm, a projection.
+    """
 
     config: ModelConfig
 
     def setup(self):
         c = self.config
-        self.embedding = self.param("embedding", logical(INIT, ("vocab", "embed")), (c.vocab_size, c.hidden_size))
+        self.embedding = self.param("embedding", logical(INIT, ("vocab", "embed")), (c.vocab_size, c.table_size))
+        if c.embed_size:
+            self.project_in = Dense(c, "bte,ed->btd", (c.embed_size, c.hidden_size), (None, "embed"))
+        if c.positions == "learned":
+            shape = (c.max_position + c.position_offset, c.hidden_size)
+            self.positions = self.param("positions", logical(INIT, (None, "embed")), shape)
+        if c.embed_norm:
+            self.norm = norm_of(c)
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        table = nn.with_logical_constraint(self.embedding.astype(self.config.compute_dtype), ("vocab", None))
-        return nn.with_logical_constraint(table[tokens], ("rows", None, None))
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        c = self.config
+        table = nn.with_logical_constraint(self.embedding.astype(c.compute_dtype), ("vocab", None))
+        x = nn.with_logical_constraint(table[tokens], ("rows", None, None))
+        if c.embed_scale != 1:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if c.embed_size:
+            x = self.project_in(x)
+        if c.positions == "learned":
+            x += nn.with_logical_constraint(self.positions.astype(x.dtype), (None, None))[positions + c.position_offset]
+        return self.norm(x) if c.embed_norm else x
 
 
 class Head(nn.Module):
@@ -55,11 +75,13 @@ class Head(nn.Module):
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     use_bias: bool = False
+    bias_dim: int = 1  # the dimension of outputs
 
     def setup(self):
         self.kernel = self.param("kernel", logical(INIT, self.axes), self.shape)
         if self.use_bias:
-            self.bias = self.param("bias", logical(nn.initializers.zeros_init(), self.axes[1:]), self.shape[1:])
+            dim = slice(self.bias_dim, self.bias_dim + 1)
+            self.bias = self.param("bias", logical(nn.initializers.zeros_init(), self.axes[dim]), self.shape[dim])
 
     def __call__(self) -> Array:
         return self.kernel
@@ -74,12 +96,16 @@ class Decoder(nn.Module):
     def setup(self):
         c = self.config
         self.embed_tokens = Embedding(c)
-        self.layers = DecoderLayer(c)
-        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
+        for run in c.runs:
+            setattr(self, run.name, DecoderLayer(c, run.is_sparse))
+        if c.final_norm:
+            self.norm = norm_of(c)
+        if c.embed_size:
+            self.project_out = Dense(c, "btd,de->bte", (c.hidden_size, c.embed_size), ("embed", None))
         if self.head == "score":
-            self.score = Head((c.hidden_size, c.num_labels), ("embed", None), use_bias=c.score_bias)
+            self.score = Head((c.table_size, c.num_labels), ("embed", None), use_bias=c.score_bias)
         elif not c.tie_embeddings:
-            self.lm_head = Head((c.vocab_size, c.hidden_size), ("vocab", "embed"))
+            self.lm_head = Head((c.vocab_size, c.table_size), ("vocab", "embed"), use_bias=c.lm_head_bias, bias_dim=0)
 
     def __call__(
         self,
@@ -88,18 +114,48 @@ class Decoder(nn.Module):
         segments: Int[Array, "R T"],
         prefixes: Int[Array, "R T"],
     ) -> Float[Array, "R T D"]:
+        if self.is_initializing() and (self.head == "score" or not self.config.tie_embeddings):
+            (self.score if self.head == "score" else self.lm_head)()  # used outside; Linen makes what is touched
+        x, where = self.embed(tokens, positions), Where(positions, segments, prefixes)
+        for run in self.config.runs:
+            x = self._layers(run, x, where)
+        return self.finish(x)
+
+    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.embed_tokens(tokens, positions)
+
+    def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The last layer's output as its head reads it."""
         c = self.config
-        cossin = rope_cossin(c.rope, c.head_dim, positions)
+        x = self.norm(x) if c.final_norm else x
+        x = self.project_out(x) if c.embed_size else x
+        return x * jnp.asarray(c.logit_scale, x.dtype) if self.head == "lm" and c.logit_scale != 1 else x
 
-        def attend(q, k, v):
-            if c.shard_tokens == "attention":  # each device its own queries, against the keys of the whole row
-                q = nn.with_logical_constraint(q, ("rows", "tokens", None, None))
-                k, v = (nn.with_logical_constraint(x, ("rows", None, None, None)) for x in (k, v))
-            return ATTENTION[c.attention](q, k, v, segments, prefixes), None
+    def _layers(self, run: Run, x: Float[Array, "R T D"], where: Where) -> Float[Array, "R T D"]:
+        """The layers of a run, scanned. Where they differ by numbers, these are inputs of the scan."""
+        c = self.config
+        length = c.max_length or c.max_position
+        ropes = list(dict.fromkeys(c.rope_of(layer) for layer in run.layers))
+        cossins = [None if rope is None else rope_cossin(rope, c.head_dim, where.positions, length) for rope in ropes]
+        differing = _differing(c, run, ropes)
+        if "rope" in differing:
+            cossin = _stacked(cossins)
+        else:
+            (cossin,) = cossins
+        scoring = scoring_of(c, run.layers[0])
 
-        def body(layer, x, _):
+        def body(layer, x, numbers):
             x = nn.with_logical_constraint(x, ("rows", None if c.shard_tokens == "none" else "tokens", None))
-            return layer(checkpoint_name(x, "layer_input"), cossin, attend)
+            own = jax.tree.map(lambda angles: angles[numbers["rope"]], cossin) if "rope" in numbers else cossin
+            scores = scoring._replace(**{name: numbers[name] for name in ("window", "scale") if name in numbers})
+
+            def attend(q, k, v, sinks):
+                if c.shard_tokens == "attention":  # each device its own queries, against the keys of the whole row
+                    q = nn.with_logical_constraint(q, ("rows", "tokens", None, None))
+                    k, v = (nn.with_logical_constraint(x, ("rows", None, None, None)) for x in (k, v))
+                return ATTENTION[c.attention](q, k, v, where, scores._replace(sinks=sinks)), None
+
+            return layer(checkpoint_name(x, "layer_input"), own, attend)
 
         if not self.is_initializing():  # weights may wait in host memory: a layer's come when it is computed
             body = nn.map_variables(body, "params", trans_in_fn=to_device)
@@ -109,13 +165,28 @@ class Decoder(nn.Module):
             body,
             variable_axes={"params": 0, "lora": 0, "packed": 0},
             split_rngs={"params": True},
-            length=c.num_layers,
+            length=len(run.layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        if self.is_initializing() and (self.head == "score" or not c.tie_embeddings):
-            (self.score if self.head == "score" else self.lm_head)()  # used outside; Linen makes what is touched
-        x, _ = scan(self.layers, self.embed_tokens(tokens), None)
-        return self.norm(x)
+        return scan(getattr(self, run.name), x, differing)[0]
+
+
+def _differing(config: ModelConfig, run: Run, ropes: list) -> dict[str, Array]:
+    """The numbers by which the layers of a run differ, an entry a layer; those that are alike are left out."""
+    scorings = [scoring_of(config, layer) for layer in run.layers]
+    numbers = {
+        "rope": [ropes.index(config.rope_of(layer)) for layer in run.layers],
+        "window": [scoring.window or ALL for scoring in scorings],
+        "scale": [scoring.scale for scoring in scorings],
+    }
+    return {name: jnp.array(values) for name, values in numbers.items() if len(set(values)) > 1}
+
+
+def _stacked(cossins: list) -> tuple[Array, Array]:
+    """The cosines and sines of several ropes; a layer without positions turns nothing."""
+    cos, sin = next(cossin for cossin in cossins if cossin is not None)
+    still = jnp.ones_like(cos), jnp.zeros_like(sin)
+    return tuple(jnp.stack(parts) for parts in zip(*[cossin or still for cossin in cossins], strict=True))
 
 
 def abstract_params(config: ModelConfig, head: str = "lm") -> tuple[Tree, Tree]:
@@ -137,8 +208,33 @@ def _init(config: ModelConfig, head: str, key: Array) -> Tree:
 
 def hidden_states(config: ModelConfig, variables: Tree, tokens, positions, segments, prefixes, head: str = "lm"):
     """[R, T] tokens -> [R, T, D] hidden states after the final norm."""
-    params = {name: part if name == "layers" else to_device(part) for name, part in variables["params"].items()}
+    runs = [run.name for run in config.runs]
+    params = {name: part if name in runs else to_device(part) for name, part in variables["params"].items()}
     return Decoder(config, head).apply({**variables, "params": params}, tokens, positions, segments, prefixes)
+
+
+def embed(config: ModelConfig, params: Tree, tokens, positions) -> Float[Array, "B T D"]:
+    """What the first layer reads; `params` may lack the layers."""
+    return Decoder(config).apply({"params": params}, tokens, positions, method="embed")
+
+
+def finish(config: ModelConfig, params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The last layer's output as the language-model head reads it; `params` may lack the layers."""
+    return Decoder(config).apply({"params": params}, x, method="finish")
+
+
+def logits(config: ModelConfig, params: Tree, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """All logits at once, in float32: for a few tokens. `logprobs.py` makes them in chunks."""
+    table = head_table(config, params).astype(hidden.dtype)
+    out = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    bias, cap = head_bias(config, params), config.logit_softcap
+    out = out if bias is None else out + bias
+    return cap * jnp.tanh(out / cap) if cap else out
+
+
+def head_bias(config: ModelConfig, params: Tree) -> Float[Array, "V"] | None:
+    """The bias of the language-model head, where the architecture has one."""
+    return to_device(params["lm_head"]["bias"]) if config.lm_head_bias else None
 
 
 def head_table(config: ModelConfig, params: Tree) -> Float[Array, "V D"]:

@@ -1,4 +1,4 @@
-"""The pieces of a decoder layer: Dense, RMSNorm, rotary embedding, self-attention, MLP, and the layer itself.
+"""The pieces of a decoder layer: Dense, norms, self-attention, MLP. `block.py` puts them together.
 
 A layer does not know whether it trains or decodes. It is handed `attend`, a function from this layer's queries, keys
 and values to the attended values and whatever the caller wants back (nothing in training, the grown cache in decoding).
@@ -15,13 +15,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from .config import ModelConfig, Rope
+from .config import ModelConfig
 from .nf4 import Part, packed_parts, packed_product
+from .rope import Cossin, rotate
 
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q [B T N H], k and v [B T K H] -> ([B T N H], extra)
-Cossin = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]  # half the head size
+# q [B T N H], k and v [B T K H], sinks [N] or None -> ([B T N H], extra)
+Attend = Callable[[Array, Array, Array, Array | None], tuple[Array, Any]]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "relu": nn.relu,
+}
 
 INIT = nn.initializers.normal(0.02)
 ADAPTER_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # +-1 / sqrt(fan in), as PEFT begins
@@ -125,44 +133,51 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, computed in float32 (arXiv:1910.07467)."""
+    """Root-mean-square norm over the last axis, computed in float32 (arXiv:1910.07467).
+
+    `kind` says where it is scaled, as in `ModelConfig.norm`; the difference is one of rounding, but for `rms_offset`.
+    """
+
+    size: int
+    eps: float
+    kind: str = "rms"
+
+    def setup(self):
+        init = nn.initializers.zeros_init() if self.kind == "rms_offset" else nn.initializers.ones_init()
+        self.scale = self.param("scale", logical(init, (None,)), (self.size,))
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        if self.kind == "rms":
+            return self.scale.astype(x.dtype) * x32.astype(x.dtype)
+        scale = self.scale.astype(jnp.float32)
+        return (x32 * (1 + scale if self.kind == "rms_offset" else scale)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance over the last axis, computed in float32 (arXiv:1607.06450)."""
 
     size: int
     eps: float
 
     def setup(self):
         self.scale = self.param("scale", logical(nn.initializers.ones_init(), (None,)), (self.size,))
+        self.bias = self.param("bias", logical(nn.initializers.zeros_init(), (None,)), (self.size,))
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return self.scale.astype(x.dtype) * x32.astype(x.dtype)
+        return (x32 * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> Float[Array, "half"]:
-    """Inverse wavelengths of the rotary embedding, in radians a token, rescaled as the checkpoint asks."""
-    frequencies = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    if rope.kind == "llama3":
-        # Short wavelengths stay, long ones are divided by `factor`, between them it is interpolated (Llama 3.1, rope).
-        turns = rope.original_max_position * frequencies / (2 * jnp.pi)
-        blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        blend = jnp.clip(blend, 0.0, 1.0)
-        return frequencies * (blend + (1 - blend) / rope.factor)
-    return frequencies
-
-
-def rope_cossin(rope: Rope, head_dim: int, positions: Int[Array, "B T"]) -> Cossin:
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "B T N H"], cossin: Cossin) -> Float[Array, "B T N H"]:
-    """Rotary embedding in the half-rotation layout of Hugging Face: feature i turns with feature i + H/2."""
-    cos, sin = (c[:, :, None, :].astype(x.dtype) for c in cossin)
-    left, right = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+def norm_of(config: ModelConfig, size: int | None = None) -> RMSNorm | LayerNorm:
+    """The norm of an architecture, over `size` features (by default the hidden size)."""
+    size = config.hidden_size if size is None else size
+    if config.norm == "layer":
+        return LayerNorm(size, config.norm_eps)
+    return RMSNorm(size, config.norm_eps, config.norm)
 
 
 class SelfAttention(nn.Module):
@@ -176,13 +191,23 @@ class SelfAttention(nn.Module):
         self.v_proj = Dense(c, "btd,dnh->btnh", (D, K, H), ("embed", "kv_heads", "head_dim"), c.qkv_bias)
         self.o_proj = Dense(c, "btnh,nhd->btd", (N, H, D), ("heads", "head_dim", "embed"), c.o_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(H, c.norm_eps), RMSNorm(H, c.norm_eps)
+            self.q_norm = norm_of(c, N * H if c.qk_norm_over_heads else H)
+            self.k_norm = norm_of(c, K * H if c.qk_norm_over_heads else H)
+        if c.sinks:
+            self.sinks = self.param("sinks", logical(nn.initializers.zeros_init(), ("heads",)), (N,))
 
-    def __call__(self, x: Array, cossin: Cossin, attend: Attend) -> tuple[Array, Any]:
+    def __call__(self, x: Array, cossin: Cossin | None, attend: Attend) -> tuple[Array, Any]:
+        c = self.config
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.config.qk_norm:
+        if c.qk_norm and c.qk_norm_over_heads:
+            q, k = (
+                norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape) for norm, y in ((self.q_norm, q), (self.k_norm, k))
+            )
+        elif c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        attended, extra = attend(rotate(q, cossin), rotate(k, cossin), v)
+        if cossin is not None:
+            q, k = (rotate(y, cossin, interleaved=c.rope_interleaved) for y in (q, k))
+        attended, extra = attend(q, k, v, self.sinks if c.sinks else None)
         return self.o_proj(attended), extra
 
 
@@ -192,25 +217,13 @@ class MLP(nn.Module):
     def setup(self):
         c = self.config
         D, F = c.hidden_size, c.intermediate_size
-        self.gate_proj = Dense(c, "btd,df->btf", (D, F), ("embed", "mlp"), c.mlp_bias)
+        if c.gated:
+            self.gate_proj = Dense(c, "btd,df->btf", (D, F), ("embed", "mlp"), c.mlp_bias)
         self.up_proj = Dense(c, "btd,df->btf", (D, F), ("embed", "mlp"), c.mlp_bias)
         self.down_proj = Dense(c, "btf,fd->btd", (F, D), ("mlp", "embed"), c.mlp_bias)
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DecoderLayer(nn.Module):
-    config: ModelConfig
-
-    def setup(self):
-        c = self.config
-        self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.self_attn = SelfAttention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.mlp = MLP(c)
-
-    def __call__(self, x: Float[Array, "B T D"], cossin: Cossin, attend: Attend) -> tuple[Array, Any]:
-        attended, extra = self.self_attn(self.input_layernorm(x), cossin, attend)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), extra
+        activation = ACTIVATIONS[self.config.activation]
+        if self.config.gated:
+            return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(activation(self.up_proj(x)))

@@ -26,11 +26,14 @@ def target_logprobs(
     ids: Int[Array, "R S"],
     num_slots: Int[Array, ""],
     *,
+    bias: Float[Array, "V"] | None = None,
+    softcap: float = 0.0,
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
     """log p(id) under softmax(hidden[column] . table / temperature), and that softmax's entropy, in nats.
 
+    `bias` is added to the logits, and `softcap` bounds them, cap * tanh(logit / cap), before the temperature.
     The chunks that lie beyond `num_slots` (the most that any row uses) are not computed and come back as 0.
     """
     R, S = ids.shape
@@ -38,7 +41,7 @@ def target_logprobs(
     padded = -(-S // chunk) * chunk
     columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
     table = nn.with_logical_constraint(table.astype(hidden.dtype), ("vocab", None))
-    logprobs, entropy = _chunked(hidden, table, columns, ids, num_slots, temperature, chunk)
+    logprobs, entropy = _chunked(hidden, table, bias, columns, ids, num_slots, softcap, temperature, chunk)
     return logprobs[:, :S], entropy[:, :S]
 
 
@@ -65,19 +68,22 @@ def _take(hidden: Float[Array, "R T D"], columns: Int[Array, "R C"]) -> Float[Ar
     return jnp.take_along_axis(hidden, columns[..., None], axis=1)
 
 
-def _logits(hidden: Float[Array, "R C D"], table: Float[Array, "V D"], temperature: float) -> Float[Array, "R C V"]:
+def _logits(hidden: Float[Array, "R C D"], table: Float[Array, "V D"], bias, softcap: float) -> Float[Array, "R C V"]:
+    """Before the temperature."""
     logits = jnp.einsum("rcd,vd->rcv", hidden, table, preferred_element_type=jnp.float32)
-    return nn.with_logical_constraint(logits, ("rows", None, "vocab")) / temperature
+    logits = nn.with_logical_constraint(logits, ("rows", None, "vocab"))
+    logits = logits if bias is None else logits + bias.astype(jnp.float32)
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _chunked(hidden, table, columns, ids, num_slots, temperature, chunk):
-    return _forward(hidden, table, columns, ids, num_slots, temperature, chunk)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _chunked(hidden, table, bias, columns, ids, num_slots, softcap, temperature, chunk):
+    return _forward(hidden, table, bias, columns, ids, num_slots, softcap, temperature, chunk)[0]
 
 
-def _forward(hidden, table, columns, ids, num_slots, temperature, chunk):
+def _forward(hidden, table, bias, columns, ids, num_slots, softcap, temperature, chunk):
     def body(i, out):
-        logits = _logits(_take(hidden, _slice(columns, i, chunk)), table, temperature)
+        logits = _logits(_take(hidden, _slice(columns, i, chunk)), table, bias, softcap) / temperature
         lse = jax.nn.logsumexp(logits, axis=-1)
         entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
         # A sum over the word axis rather than a gather: on a mesh that axis is split over `tensor`.
@@ -88,32 +94,40 @@ def _forward(hidden, table, columns, ids, num_slots, temperature, chunk):
     zeros = jnp.zeros(ids.shape, jnp.float32)
     num_chunks = -(-num_slots // chunk)
     logprobs, entropy, lse = jax.lax.fori_loop(0, num_chunks, body, (zeros, zeros, zeros))
-    return (logprobs, entropy), (hidden, table, columns, ids, num_slots, entropy, lse)
+    return (logprobs, entropy), (hidden, table, bias, columns, ids, num_slots, entropy, lse)
 
 
-def _backward(temperature, chunk, saved, grads):
-    hidden, table, columns, ids, num_slots, entropy, lse = saved
+def _backward(softcap, temperature, chunk, saved, grads):
+    hidden, table, bias, columns, ids, num_slots, entropy, lse = saved
     grad_logprobs, grad_entropy = grads
     # Row by row: indexed with row numbers, the rows of a mesh would be gathered on every device.
     add_at = jax.vmap(lambda x, columns, g: x.at[columns].add(g))
 
     def body(i, carry):
-        d_hidden, d_table = carry
+        d_hidden, d_table, d_bias = carry
         column = _slice(columns, i, chunk)
         h = _take(hidden, column)
-        log_p = _logits(h, table, temperature) - _slice(lse, i, chunk)[..., None]
+        logits = _logits(h, table, bias, softcap)
+        log_p = logits / temperature - _slice(lse, i, chunk)[..., None]
         g_logprob, g_entropy = (_slice(g, i, chunk)[..., None] for g in (grad_logprobs, grad_entropy))
         # d logprob / d logits = [chosen] - p;   d entropy / d logits = -p (log p + entropy)
         d_logits = -jnp.exp(log_p) * (g_logprob + g_entropy * (log_p + _slice(entropy, i, chunk)[..., None]))
         chosen = jnp.arange(table.shape[0]) == _slice(ids, i, chunk)[..., None]
-        d_logits = (jnp.where(chosen, d_logits + g_logprob, d_logits) / temperature).astype(table.dtype)
+        d_logits = jnp.where(chosen, d_logits + g_logprob, d_logits) / temperature
+        if softcap:
+            d_logits *= 1 - (logits / softcap) ** 2
+        if bias is not None:
+            d_bias += d_logits.sum(axis=(0, 1))
+        d_logits = d_logits.astype(table.dtype)
         d_h = jnp.einsum("rcv,vd->rcd", d_logits, table, preferred_element_type=jnp.float32)
         d_table += jnp.einsum("rcv,rcd->vd", d_logits, h, preferred_element_type=jnp.float32)
-        return add_at(d_hidden, column, d_h), d_table
+        return add_at(d_hidden, column, d_h), d_table, d_bias
 
-    start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
-    d_hidden, d_table = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
-    return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), None, None, None
+    no_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32), no_bias
+    d_hidden, d_table, d_bias = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
+    d_bias = None if bias is None else d_bias.astype(bias.dtype)
+    return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), d_bias, None, None, None
 
 
 _chunked.defvjp(_forward, _backward)

@@ -1,6 +1,6 @@
 """The compiled programs of the JAX engine: read the prompts, draw tokens, move a batch into a smaller or longer cache.
 
-The layers are those of training (`models/layers.py`), called one by one with another `attend`. Decoding reads a separate
+The layers are those of training (`models/block.py`), called one by one with another `attend`. Decoding reads a separate
 array for each layer: a slice of the stacked weights would be copied for every token.
 
 On a mesh the sequences are split over `data` and `fsdp`, heads and vocabulary over `tensor`. The weights are whole on
@@ -9,7 +9,6 @@ every replica but for `tensor`: gathering them over `fsdp` for every token would
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,10 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from ..models.attention import ATTENTION
+from ..models import decoder
+from ..models.attention import ATTENTION, Scoring, Where, scoring_of, softmax_weights
+from ..models.block import DecoderLayer
 from ..models.config import ModelConfig
-from ..models.decoder import abstract_params
-from ..models.layers import DecoderLayer, RMSNorm, rope_cossin
+from ..models.rope import Cossin, rope_cossin
 from ..offload import to_device
 from ..parallel import num_row_shards, partition, replicated, rows_sharding, shardings
 from .sampling import Rule, sample
@@ -51,6 +51,7 @@ class Programs:
         self.config, self.mesh, self.shards = config, mesh, num_row_shards(mesh)
         rows, head_shape = rows_sharding(mesh), (self.shards, config.num_kv_heads, 1, 1)
         self.rows = rows
+        self.layers = [DecoderLayer(config, run.is_sparse) for run in config.runs for _ in run.layers]
         self.heads = NamedSharding(mesh, partition(mesh, ("rows", "kv_heads", None, None), head_shape))
         batch = Batch(*[rows] * 7, taken=replicated(mesh))
         cache = [(self.heads, self.heads)] * config.num_layers
@@ -104,24 +105,28 @@ class Programs:
         c, T = self.config, tokens.shape[1]
         positions = jnp.arange(T) - (T - lengths)[:, None]
         segments = (positions >= 0).astype(jnp.int32)
-        cossin = rope_cossin(c.rope, c.head_dim, jnp.maximum(positions, 0))
+        positions = jnp.maximum(positions, 0)
+        where, cossins = Where(positions, segments, segments), _cossins(c, positions)
 
-        def attend(q, k, v):
-            return ATTENTION[c.attention](q, k, v, segments, segments), (k, v)
+        def attend(scoring: Scoring, q, k, v, sinks):
+            return ATTENTION[c.attention](q, k, v, where, scoring._replace(sinks=sinks)), (k, v)
 
-        x = jax.lax.with_sharding_constraint(weights["embedding"][tokens], self.rows)
-        layer, cache = DecoderLayer(c), []
-        for params in weights["layers"]:
-            x, (k, v) = layer.apply(params, x, cossin, attend)
+        x, cache = self._embed(weights, tokens, positions), []
+        for number, params in enumerate(weights["layers"]):
+            x, (k, v) = self.layers[number].apply(params, x, cossins[number], partial(attend, scoring_of(c, number)))
             cache.append((k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)))
         return x[:, -1], cache
 
+    def _embed(self, weights: Tree, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jax.lax.with_sharding_constraint(
+            decoder.embed(self.config, weights["params"], tokens, positions), self.rows
+        )
+
     def _draw(self, weights: Tree, batch: Batch, hidden: Float[Array, "B D"], step: Array, rule: Rule) -> Batch:
         """The next token of every sequence, number `step` of its response, from the last layer's output."""
-        c = self.config
-        hidden = RMSNorm(c.hidden_size, c.norm_eps).apply({"params": weights["norm"]}, hidden)
-        table = weights["embedding"] if c.tie_embeddings else weights["head"]
-        logits = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
+        c, params = self.config, weights["params"]
+        hidden = decoder.finish(c, params, hidden[:, None])[:, 0]
+        logits = decoder.logits(c, params, hidden)
         # A sequence's random numbers are its own, whatever batch it sits in.
         uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step)))(batch.keys)
         # Sampling walks along the vocabulary: each device has the whole of it, for its own sequences and for no others.
@@ -146,7 +151,7 @@ class Programs:
         """
         c = self.config
         batch = batch._replace(counts=jnp.zeros_like(batch.counts), taken=jnp.int32(0))
-        layer, columns = DecoderLayer(c), jnp.arange(cache[0][1].shape[2])
+        columns, scorings = jnp.arange(cache[0][1].shape[2]), [scoring_of(c, n) for n in range(c.num_layers)]
 
         def more(carry):
             batch, _ = carry
@@ -156,12 +161,13 @@ class Programs:
         def one_token(carry):
             batch, cache = carry
             here = prompt_length + step + batch.taken - 1  # the column of the token drawn last
-            cossin = rope_cossin(c.rope, c.head_dim, (here - batch.starts)[:, None])
+            positions = (here - batch.starts)[:, None]
+            cossins = _cossins(c, positions)
             mask = (columns >= batch.starts[:, None]) & (columns <= here)
-            x, grown = weights["embedding"][batch.last][:, None], []
-            x = jax.lax.with_sharding_constraint(x, self.rows)
-            for params, (keys, values) in zip(weights["layers"], cache, strict=True):
-                x, kv = layer.apply(params, x, cossin, partial(_attend_cache, keys, values, mask, here))
+            x, grown = self._embed(weights, batch.last[:, None], positions), []
+            layers = zip(self.layers, weights["layers"], cossins, scorings, cache, strict=True)
+            for layer, params, cossin, scoring, kv in layers:
+                x, kv = layer.apply(params, x, cossin, partial(_attend_cache, *kv, scoring, mask, here - columns, here))
                 grown.append(jax.lax.with_sharding_constraint(kv, self.heads))
             return self._draw(weights, batch, x[:, 0], step + batch.taken, rule), grown
 
@@ -189,19 +195,21 @@ def _unstack(config: ModelConfig, variables: Tree) -> Tree:
         # Explicitly a copy: jit would hand back an array that does not change, and training donates it.
         return x.astype(config.compute_dtype) if x.ndim > 1 and x.dtype != config.compute_dtype else jnp.copy(x)
 
-    trees = {name: tree["layers"] for name, tree in variables.items() if tree}
     layers = []
-    for i in range(config.num_layers):
-        layer = {name: jax.tree.map(lambda x, i=i: own(x[i]), tree) for name, tree in trees.items() if name != "packed"}
-        if "packed" in trees:  # stays in 4 bits: a layer turns its kernels into numbers at every use
-            layer["packed"] = jax.tree.map(lambda x, i=i: jnp.copy(x[i]), trees["packed"])
-        layers.append(layer)
-    params = variables["params"]
-    weights = {"layers": layers, "norm": jax.tree.map(own, params["norm"])}
-    weights["embedding"] = own(params["embed_tokens"]["embedding"])
-    if not config.tie_embeddings:
-        weights["head"] = own(params["lm_head"]["kernel"])
-    return weights
+    for run in config.runs:
+        trees = {name: tree[run.name] for name, tree in variables.items() if run.name in tree}
+        packed = trees.pop("packed", None)  # stays in 4 bits: a layer turns its kernels into numbers at every use
+        for i in range(len(run.layers)):
+            layer = jax.tree.map(lambda x, i=i: own(x[i]), trees)
+            layers.append(
+                layer if packed is None else {**layer, "packed": jax.tree.map(lambda x, i=i: jnp.copy(x[i]), packed)}
+            )
+    return {"layers": layers, "params": jax.tree.map(own, _outside_layers(config, variables["params"]))}
+
+
+def _outside_layers(config: ModelConfig, params: Tree) -> Tree:
+    """What is below the first layer and above the last."""
+    return {name: tree for name, tree in params.items() if name not in [run.name for run in config.runs]}
 
 
 def _weight_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
@@ -213,27 +221,36 @@ def _weight_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
     def over_tensor(spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*["tensor" if axes and "tensor" in axes else None for axes in spec]))
 
-    trees = shardings(mesh, *abstract_params(config))
-    params = trees["params"]
-    layer = {name: jax.tree.map(of_layer, tree["layers"]) for name, tree in trees.items()}
-    table = over_tensor(params["embed_tokens"]["embedding"].spec)
-    return {
-        "layers": [layer] * config.num_layers,
-        "norm": jax.tree.map(lambda s: over_tensor(s.spec), params["norm"]),
-        "embedding": table,
-    } | ({} if config.tie_embeddings else {"head": over_tensor(params["lm_head"]["kernel"].spec)})
+    trees = shardings(mesh, *decoder.abstract_params(config))
+    layers = []
+    for run in config.runs:
+        layer = {name: jax.tree.map(of_layer, tree[run.name]) for name, tree in trees.items() if run.name in tree}
+        layers += [layer] * len(run.layers)
+    outside = _outside_layers(config, trees["params"])
+    return {"layers": layers, "params": jax.tree.map(lambda s: over_tensor(s.spec), outside)}
 
 
-def _attend_cache(keys, values, mask, column, q, k, v):
-    """One query a sequence against its cache, its own key and value written into `column` first."""
+def _cossins(config: ModelConfig, positions: Int[Array, "B T"]) -> list[Cossin | None]:
+    """The angles of each layer; layers that are alike share them."""
+    ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
+    length = config.max_length or config.max_position
+    made = {rope: rope and rope_cossin(rope, config.head_dim, positions, length) for rope in dict.fromkeys(ropes)}
+    return [made[rope] for rope in ropes]
+
+
+def _attend_cache(keys, values, scoring: Scoring, mask, distance, column, q, k, v, sinks):
+    """One query a sequence against its cache, its own key and value written into `column` first.
+
+    `mask` [B C] says which columns are of the sequence, `distance` [C] how many tokens back each of them is.
+    """
     B, _, N, H = q.shape
     K = keys.shape[1]
     # Keys lie with their columns last: on a CPU the products with the queries then take half the time.
     keys = jax.lax.dynamic_update_slice_in_dim(keys, k.transpose(0, 2, 3, 1), column, axis=3)
     values = jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), column, axis=2)
     q = q.reshape(B, K, N // K, H)
-    scores = jnp.einsum("bkgh,bkhc->bkgc", q, keys, preferred_element_type=jnp.float32) / math.sqrt(H)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1).astype(values.dtype)
+    scores = jnp.einsum("bkgh,bkhc->bkgc", q, keys, preferred_element_type=jnp.float32)
+    weights = softmax_weights(scores, mask, distance[None], scoring._replace(sinks=sinks)).astype(values.dtype)
     return jnp.einsum("bkgc,bkch->bkgh", weights, values).reshape(B, 1, N, H), (keys, values)
 
 

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from ..batch import Prompt, Rollout
 from ..config import VllmSection
 from ..models.config import ModelConfig
-from ..models.decoder import head_table, hidden_states
+from ..models.decoder import head_bias, head_table, hidden_states
 from ..models.logprobs import target_logprobs
 from ..parallel import fetch, num_row_shards, put_rows, use_mesh
 from ..weights.pretrained import Pretrained
@@ -230,8 +230,11 @@ def _probe_logprobs(config: ModelConfig, variables: Tree, tokens: jax.Array, len
     positions = jnp.broadcast_to(jnp.arange(columns), (rows, columns))
     segments = (positions < length).astype(jnp.int32)
     hidden = hidden_states(config, variables, tokens, positions, segments, segments)
-    table = head_table(config, variables["params"])
-    return target_logprobs(hidden, table, positions[:, :-1], tokens[:, 1:], length - 1)[0]
+    params = variables["params"]
+    return target_logprobs(
+        hidden, head_table(config, params), positions[:, :-1], tokens[:, 1:], length - 1,
+        bias=head_bias(config, params), softcap=config.logit_softcap,
+    )[0]  # fmt: skip
 
 
 def _seed(seed: int, prompt: int) -> int:

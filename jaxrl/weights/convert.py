@@ -97,11 +97,15 @@ def name_map(source: str, *, to: str = "hf", options: Options | None = None, dty
         return
     model = open_source(source, options)
     specs = {spec.name: spec for spec in specs_of(model, dtype)}
-    for row, layer in in_order(model.config, model.head):
-        name = row.hf.format(layer)
-        tensor, ours = model.checkpoint.tensors[name], row.ours if layer is None else f"{row.ours}[{layer}]"
-        dtypes = _dtypes(tensor.dtype, specs[name].dtype.name)
-        yield f"{ours}  <-  {name}  {list(tensor.shape)}  {dtypes}  in {tensor.file}  ({row.pattern})"
+    for tensor in in_order(model.config, model.head):
+        stored = model.checkpoint.tensors[tensor.name]
+        dtypes = _dtypes(stored.dtype, specs[tensor.name].dtype.name)
+        for row, place in tensor.parts:
+            ours = row.ours + "".join(f"[{at}]" for at in place)
+            part = f", part {row.part.start} of {row.part.size} along {row.part.letter}" if row.part else ""
+            yield (
+                f"{ours}  <-  {tensor.name}  {list(stored.shape)}  {dtypes}  in {stored.file}  ({row.pattern}{part})"
+            )
 
 
 def _dtypes(stored: np.dtype, written: str | None) -> str:
@@ -139,7 +143,7 @@ def _write_orbax(
     sizes, table = axis_sizes(model.config), rows(model.config, head=model.head)
     wanted = {
         row.ours: jax.ShapeDtypeStruct(
-            target[row.ours].shape, dtypes[row.hf_names(model.config.num_layers)[0]], sharding=target[row.ours].sharding
+            target[row.ours].shape, dtypes[row.hf_names(sizes)[0]], sharding=target[row.ours].sharding
         )
         for row in table
     }

@@ -44,21 +44,22 @@ def hf_tensors(
     iterator, and each is given every tensor.
     """
     leaves, adapters, codes = (dict(flatten(tree or {})) for tree in (params, lora, packed))
-    for row, layer in in_order(config, head_of(params)):
+
+    def piece(row: Row, place: tuple[int, ...]) -> np.ndarray:
         module = row.ours.removesuffix(".kernel")
-        if is_packed(row, config):
-            array = _numbers(codes, row, layer, config)
-        else:
-            array = leaves[row.ours][layer] if row.stacked else leaves[row.ours]
+        array = _numbers(codes, row, place[0], config) if is_packed(row, config) else leaves[row.ours][place]
         if f"{module}.a" in adapters:
-            a, b = (adapters[f"{module}.{part}"][layer] for part in "ab")
+            a, b = (adapters[f"{module}.{part}"][place] for part in "ab")
             array = array + config.lora_scale * jnp.tensordot(a, b, axes=1, precision="highest")
         if dtype is not None and array.dtype != dtype:
             array = array.astype(dtype)
-        yield row.hf.format(layer), row.to_hf(np.asarray(fetch(array)))
+        return np.asarray(fetch(array))
+
+    for tensor in in_order(config, head_of(params)):
+        yield tensor.name, tensor.of([piece(row, place) for row, place in tensor.parts])
 
 
-def _numbers(codes: Mapping[str, jax.Array], row: Row, layer: int | None, config: ModelConfig) -> jax.Array:
+def _numbers(codes: Mapping[str, jax.Array], row: Row, layer: int, config: ModelConfig) -> jax.Array:
     """One layer's kernel, in our layout, of the 4-bit arrays in `codes`."""
     assert config.packed is not None
     sizes, module = axis_sizes(config), row.ours.removesuffix("kernel")
@@ -115,8 +116,7 @@ def export_hf(
 
 def _specs(config: ModelConfig, head: str, source: Pretrained, dtype: str | None) -> list[TensorSpec]:
     """Name, shape and dtype of what will be written."""
-    sizes = axis_sizes(config)
-    shapes = {row.hf.format(layer): row.hf_shape(sizes) for row, layer in in_order(config, head)}
+    shapes = {tensor.name: tensor.shape for tensor in in_order(config, head)}
     if dtype is None:
         dtypes = stored_dtypes(source.checkpoint, config, shapes)
         return [TensorSpec(name, shape, dtypes[name]) for name, shape in shapes.items()]
@@ -130,7 +130,7 @@ def stored_dtypes(checkpoint: Checkpoint, config: ModelConfig, names: Iterable[s
     """
     table, sizes = embedding_of(config), axis_sizes(config)
     stored = with_expected_names(dequantized(checkpoint), {table}).tensors
-    shape = sizes["v"], sizes["d"]
+    shape = sizes["v"], sizes["w"]
     if stored.get(table) is None or stored[table].shape != shape:
         raise ValueError(f"{checkpoint.folder} is not the model that is exported: its {table} is not {shape}")
     return {name: stored.get(name, stored[table]).dtype for name in names}

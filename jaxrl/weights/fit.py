@@ -15,7 +15,7 @@ from ..models.config import ModelConfig
 from .bnb import dequantized, packed_tensors
 from .folder import load_hf_config
 from .heads import OUTPUTS, VALUE_HEADS, find_head, unknown_head, with_score
-from .hf_names import IGNORED, Row, axis_sizes, embedding_of, in_order
+from .hf_names import IGNORED, HfTensor, embedding_of, in_order
 from .prefixes import with_expected_names
 from .stored import Checkpoint
 
@@ -50,22 +50,24 @@ def fitted(
             f"{checkpoint.folder}: config.json says {config.num_layers} layers, and there are "
             f"{len(checkpoint.tensors)} tensors in all"
         )
-    expected = {row.hf.format(layer): row for row, layer in in_order(config, head)}
+    expected = {tensor.name: tensor for tensor in in_order(config, head)}
     if head == "score":
         hf_config = load_hf_config(checkpoint.folder) if (checkpoint.folder / "config.json").is_file() else {}
         found = find_head(checkpoint, hf_config, path=head_path)
         checkpoint = with_score(checkpoint, found) if found else checkpoint
-    needed = {name for name, row in expected.items() if row.ours not in allow_missing}
+    needed = {
+        name for name, tensor in expected.items() if any(row.ours not in allow_missing for row, _ in tensor.parts)
+    }
     checkpoint = with_expected_names(checkpoint, needed)
     _check_coverage(checkpoint, config, expected, head, needed)
     return checkpoint.with_tensors({name: checkpoint.stored(name) for name in expected if name in checkpoint.tensors})
 
 
 def _check_coverage(
-    checkpoint: Checkpoint, config: ModelConfig, expected: dict[str, Row], head: str, needed: Collection[str]
+    checkpoint: Checkpoint, config: ModelConfig, expected: dict[str, HfTensor], head: str, needed: Collection[str]
 ) -> None:
     """Every tensor of the model is in the checkpoint, with the right shape, and nothing else is."""
-    sizes, stored = axis_sizes(config), checkpoint.tensors
+    stored = checkpoint.tensors
     model = f"(family {config.family}, {config.num_layers} layers, head {head!r})"
     missing = [name for name in expected if name in needed and name not in stored]
     if missing:
@@ -87,10 +89,10 @@ def _check_coverage(
             f"{checkpoint.folder} holds {_named('tensor', extra)} that this model has no place for {model}"
             + (f"; {hint}" if hint else "")
         )
-    for name, row in expected.items():
-        if name in stored and stored[name].shape != row.hf_shape(sizes):
+    for name, tensor in expected.items():
+        if name in stored and stored[name].shape != tensor.shape:
             raise ValueError(
-                f"{checkpoint.folder}: tensor {name} has shape {stored[name].shape}, expected {row.hf_shape(sizes)}"
+                f"{checkpoint.folder}: tensor {name} has shape {stored[name].shape}, expected {tensor.shape}"
             )
 
 

@@ -212,7 +212,7 @@ def _check_shapes(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]],
     """The tensors are what the config asks for."""
     model = ModelConfig.from_hf(config)
     sizes = axis_sizes(model)
-    wanted = {name: row.hf_shape(sizes) for row in rows(model) for name in row.hf_names(model.num_layers)}
+    wanted = {name: row.hf_shape(sizes) for row in rows(model) for name in row.hf_names(sizes)}
     found = {_hf_name(name) or name: shape for name, shape in shapes.items()}
     for name, shape in found.items():
         if wanted.get(name) != shape:

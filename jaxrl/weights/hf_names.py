@@ -1,8 +1,9 @@
-"""Our names and the Hugging Face names, one row a tensor: read left to right to load, right to left to export.
+"""Our names and the Hugging Face names, one row an array: read left to right to load, right to left to export.
 
-The pattern is einops' notation: axes of the Hugging Face tensor -> axes of ours, without the leading layer axis that
-our `layers.` arrays have. Letters are those of `batch.py` in lower case, c is a label of the score head. Loader,
-exporter and publisher all read these rows; there is no other table.
+The pattern is einops' notation: axes of the Hugging Face tensor -> axes of ours, without the leading axes that stand for
+the numbers in the tensor's name (layers, experts). Letters are those of `batch.py` in lower case, c is a label of the
+score head. Where a tensor is fused (queries, keys and values in one), each of our arrays has a row with its part.
+Loader, exporter and publisher all read these rows; there is no other table.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby, product
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
 
-from ..models.config import ModelConfig
+from ..models.config import ModelConfig, Run
+from .family_names import FAMILY_NAMES, FamilyNames
 from .stored import Index
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -25,21 +28,42 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 # `model_type` -> how its classes begin: LlamaForCausalLM, LlamaForTokenClassification ...
-CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {family: names.classes for family, names in FAMILY_NAMES.items()}
+
+
+class Part(NamedTuple):
+    """What a fused tensor has more of than ours: of its axis `letter`, `size` long, ours begins at `start`.
+
+    Where ours has that axis too, its own number of entries is taken; where it has not, one.
+    """
+
+    letter: str
+    start: int
+    size: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor, or one a layer: `ours` is its path in the parameter tree, `{}` in `hf` the number of the layer."""
+    """One of our arrays: `ours` is its path in the parameter tree, `hf` the name of its tensor.
+
+    The first `{}` in the name is a number of `layers`, the second of an expert; ours has a leading axis for each.
+    """
 
     ours: str
     hf: str
     pattern: str
+    layers: range = range(0)
+    part: Part | None = None
 
     @property
     def stacked(self) -> bool:
-        """Whether ours has a leading layer axis."""
+        """Whether ours has leading axes."""
         return "{}" in self.hf
+
+    @property
+    def stack(self) -> str:
+        """The letters of the leading axes: layers, experts."""
+        return "le"[: self.hf.count("{}")]
 
     @property
     def groups(self) -> list[list[str]]:
@@ -49,43 +73,110 @@ class Row:
 
     @property
     def letters(self) -> list[str]:
-        """The axes of ours."""
+        """The axes of ours, without the leading ones."""
         return self.pattern.split("->")[1].split()
 
-    def hf_names(self, num_layers: int) -> list[str]:
-        return [self.hf.format(layer) for layer in range(num_layers)] if self.stacked else [self.hf]
+    def stack_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(len(self.layers) if letter == "l" else sizes[letter] for letter in self.stack)
+
+    def places(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor that ours is read from, with its index in the leading axes of ours."""
+        for place in product(*map(range, self.stack_shape(sizes))):
+            yield self.hf_at(place), place
+
+    def hf_at(self, place: tuple[int, ...]) -> str:
+        """The name of the tensor at an index of the leading axes."""
+        return self.hf.format(*(self.layers[at] if axis == 0 else at for axis, at in enumerate(place)))
+
+    def hf_names(self, sizes: Mapping[str, int]) -> list[str]:
+        return [name for name, _ in self.places(sizes)]
 
     def hf_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        sizes = self._hf_sizes(sizes)
         return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups)
 
     def our_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        shape = tuple(sizes[letter] for letter in self.letters)
-        return (sizes["l"], *shape) if self.stacked else shape
+        return (*self.stack_shape(sizes), *(sizes[letter] for letter in self.letters))
 
     def hf_index(self, index: Index, sizes: Mapping[str, int]) -> Index:
-        """Where in the Hugging Face tensor the slice `index` of ours (without the layer axis) lies.
+        """Where in the Hugging Face tensor the slice `index` of ours (without the leading axes) lies.
 
         Of merged axes the outermost is cut and the inner ones are taken whole: rows stay contiguous on disk.
         """
         ranges = dict(zip(self.letters, index, strict=True))
+        sizes = self._hf_sizes(sizes)
         where = []
         for outer, *inner in self.groups:
             block = math.prod(sizes[letter] for letter in inner)
-            start, stop, _ = ranges[outer].indices(sizes[outer])
+            start, stop = self._range(outer, ranges, sizes)
             where.append(slice(start * block, stop * block))
         return tuple(where)
 
     def to_ours(self, piece: np.ndarray, index: Index, sizes: Mapping[str, int]) -> np.ndarray:
         """What was read at `hf_index(index)`, with our axes: exactly the slice `index` of ours."""
-        inner = {letter: sizes[letter] for group in self.groups for letter in group[1:]}
-        whole = rearrange(piece, self.pattern, **inner)
+        hf_sizes = self._hf_sizes(sizes)
+        inner = {letter: hf_sizes[letter] for group in self.groups for letter in group[1:]}
+        left, right = self.pattern.split("->")
         ranges = zip(self.letters, index, strict=True)
-        return whole[tuple(cut if letter in inner else slice(None) for letter, cut in ranges)]
+        cuts = tuple(cut if letter in inner else slice(None) for letter, cut in ranges)
+        if self.part is None or self.part.letter in self.letters:
+            return rearrange(piece, self.pattern, **inner)[cuts]
+        whole = rearrange(piece, f"{left} -> {self.part.letter} {right}", **inner)
+        return whole[self.part.start if self.part.letter in inner else 0][cuts]
+
+    def fill(self, tensor: np.ndarray, array: np.ndarray) -> None:
+        """Write ours, at one place, into its part of the Hugging Face tensor."""
+        sizes = {letter: size for letter, size in zip(self.letters, array.shape, strict=True)}
+        sizes = self._hf_sizes(sizes)
+        left, right = self.pattern.split("->")
+        flat = " ".join(letter for group in self.groups for letter in group)
+        unmerged = tensor.reshape([sizes[letter] for group in self.groups for letter in group])
+        assert np.shares_memory(unmerged, tensor), "a new tensor is contiguous"
+        if self.part is None:
+            unmerged[...] = rearrange(array, f"{right} -> {flat}")
+            return
+        letter, start, _ = self.part
+        if letter not in self.letters:
+            array, right = array[None], f"{letter} {right}"
+        array = rearrange(array, f"{right} -> {flat}")
+        cut = slice(start, start + array.shape[flat.split().index(letter)])
+        unmerged[tuple(cut if axis == letter else slice(None) for axis in flat.split())] = array
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """Ours, of one layer -> the Hugging Face tensor."""
+        """Ours, at one place -> the Hugging Face tensor, of which it is the whole."""
+        assert self.part is None, f"{self.ours} is a part of {self.hf}"
         left, right = self.pattern.split("->")
         return rearrange(array, f"{right} -> {left}")
+
+    def _hf_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        return {**sizes, self.part.letter: self.part.size} if self.part else dict(sizes)
+
+    def _range(self, letter: str, ranges: Mapping[str, slice], sizes: Mapping[str, int]) -> tuple[int, int]:
+        offset = self.part.start if self.part and self.part.letter == letter else 0
+        if letter not in ranges:
+            return offset, offset + 1
+        # The axis of a part has another length here than in ours, and a cut of ours has both ends.
+        start, stop, _ = ranges[letter].indices(sizes[letter])
+        return start + offset, stop + offset
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """One tensor of a checkpoint, and the arrays of ours that it is made of: (row, index in its leading axes)."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[Row, tuple[int, ...]], ...]
+
+    def of(self, pieces: list[np.ndarray]) -> np.ndarray:
+        """The tensor, from the pieces of ours in the order of `parts`."""
+        row = self.parts[0][0]
+        if row.part is None:
+            return row.to_hf(pieces[0])
+        tensor = np.empty(self.shape, pieces[0].dtype)
+        for (row, _), piece in zip(self.parts, pieces, strict=True):
+            row.fill(tensor, piece)
+        return tensor
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -97,29 +188,56 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "n": config.num_heads,
         "k": config.num_kv_heads,
         "h": config.head_dim,
+        "q": config.num_heads * config.head_dim,
+        "r": config.num_kv_heads * config.head_dim,
         "f": config.intermediate_size,
+        "g": config.expert_size,
+        "e": config.num_experts,
+        "w": config.table_size,
+        "s": config.max_position + config.position_offset,
         "c": config.num_labels,
     }
 
 
 def rows(config: ModelConfig, *, head: str = "lm") -> list[Row]:
-    """Every tensor of a model in the order of a forward pass; `head` is "lm", or "score" (critic, reward model)."""
-    return [
-        Row("embed_tokens.embedding", EMBEDDING, "v d -> v d"),
-        *_layer_rows(config),
-        Row("norm.scale", "model.norm.weight", "d -> d"),
-        *HEADS[head](config),
+    """Every array of a model in the order of a forward pass; `head` is "lm", or "score" (critic, reward model)."""
+    names = FAMILY_NAMES[config.family]
+    table = [
+        ("embed_tokens.embedding", "embed_tokens", "weight", "v w -> v w", True),
+        ("embed_tokens.positions", "embed_positions", "weight", "s d -> s d", config.positions == "learned"),
+        ("embed_tokens.norm.scale", "embed_norm", "weight", "d -> d", config.embed_norm),
+        ("embed_tokens.norm.bias", "embed_norm", "bias", "d -> d", config.embed_norm),
+        ("embed_tokens.project_in.kernel", "project_in", "weight", "d w -> w d", config.embed_size > 0),
+        ("norm.scale", "norm", "weight", "d -> d", config.final_norm),
+        ("norm.bias", "norm", "bias", "d -> d", config.final_norm and config.norm == "layer"),
+        ("project_out.kernel", "project_out", "weight", "w d -> d w", config.embed_size > 0),
     ]
+    outside = [Row(ours, f"{names.of(module)}.{leaf}", pattern) for ours, module, leaf, pattern, has in table if has]
+    below = [row for row in outside if row.ours.startswith("embed_tokens")]
+    above = [row for row in outside if row not in below]
+    layers = [row for run in config.runs for row in _layer_rows(config, names, run)]
+    return [*below, *layers, *above, *HEADS[head](config, names)]
 
 
-def in_order(config: ModelConfig, head: str) -> Iterator[tuple[Row, int | None]]:
-    """The rows of a model as they come in a forward pass: those of layers once a layer."""
-    table = rows(config, head=head)
-    stacked = [row for row in table if row.stacked]
-    first = table.index(stacked[0])
-    yield from ((row, None) for row in table[:first])
-    yield from ((row, layer) for layer in range(config.num_layers) for row in stacked)
-    yield from ((row, None) for row in table[first + len(stacked) :])
+def in_order(config: ModelConfig, head: str) -> Iterator[HfTensor]:
+    """The tensors of a model as they come in a forward pass: those of layers layer by layer."""
+    yield from tensors_of(rows(config, head=head), axis_sizes(config))
+
+
+def tensors_of(table: list[Row], sizes: Mapping[str, int]) -> Iterator[HfTensor]:
+    """The tensors that rows are of, those of layers layer by layer, each made of all its parts."""
+    for layers, rows_of_run in groupby(table, key=lambda row: row.layers if row.stacked else None):
+        of_run = list(rows_of_run)
+        if layers is None:
+            places = [(row, ()) for row in of_run]
+        else:
+            places = [(row, place) for row in of_run for _, place in row.places(sizes)]
+            places.sort(key=lambda found: found[1][0])  # stable: within a layer as in the table
+        made_of: dict[str, list[tuple[Row, tuple[int, ...]]]] = {}
+        for row, place in places:
+            made_of.setdefault(row.hf_at(place), []).append((row, place))
+        for name, parts in made_of.items():
+            yield HfTensor(name, parts[0][0].hf_shape(sizes), tuple(parts))
 
 
 def is_packed(row: Row, config: ModelConfig) -> bool:
@@ -159,39 +277,125 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _layer_rows(config: ModelConfig) -> list[Row]:
-    """Llama's block; families that rewire it bring rows of their own."""
+def _layer_rows(config: ModelConfig, names: FamilyNames, run: Run) -> list[Row]:
+    """The arrays of the layers of a run."""
+    has_bias = config.norm == "layer"
+    before, output = config.norms != "output", config.norms in ("both", "output")
+    own = before and config.parallel != "one_norm"
     table = [
-        ("input_layernorm.scale", "input_layernorm.weight", "d -> d", True),
-        ("self_attn.q_proj.kernel", "self_attn.q_proj.weight", "(n h) d -> d n h", True),
-        ("self_attn.q_proj.bias", "self_attn.q_proj.bias", "(n h) -> n h", config.qkv_bias),
-        ("self_attn.k_proj.kernel", "self_attn.k_proj.weight", "(k h) d -> d k h", True),
-        ("self_attn.k_proj.bias", "self_attn.k_proj.bias", "(k h) -> k h", config.qkv_bias),
-        ("self_attn.v_proj.kernel", "self_attn.v_proj.weight", "(k h) d -> d k h", True),
-        ("self_attn.v_proj.bias", "self_attn.v_proj.bias", "(k h) -> k h", config.qkv_bias),
-        ("self_attn.q_norm.scale", "self_attn.q_norm.weight", "h -> h", config.qk_norm),
-        ("self_attn.k_norm.scale", "self_attn.k_norm.weight", "h -> h", config.qk_norm),
-        ("self_attn.o_proj.kernel", "self_attn.o_proj.weight", "d (n h) -> n h d", True),
-        ("self_attn.o_proj.bias", "self_attn.o_proj.bias", "d -> d", config.o_bias),
-        ("post_attention_layernorm.scale", "post_attention_layernorm.weight", "d -> d", True),
-        ("mlp.gate_proj.kernel", "mlp.gate_proj.weight", "f d -> d f", True),
-        ("mlp.gate_proj.bias", "mlp.gate_proj.bias", "f -> f", config.mlp_bias),
-        ("mlp.up_proj.kernel", "mlp.up_proj.weight", "f d -> d f", True),
-        ("mlp.up_proj.bias", "mlp.up_proj.bias", "f -> f", config.mlp_bias),
-        ("mlp.down_proj.kernel", "mlp.down_proj.weight", "d f -> f d", True),
-        ("mlp.down_proj.bias", "mlp.down_proj.bias", "d -> d", config.mlp_bias),
+        *_norm(names, "input_layernorm", "d", has_bias, before),
+        *_linear(config, names, "self_attn.q_proj", "n h", "d", config.qkv_bias),
+        *_linear(config, names, "self_attn.k_proj", "k h", "d", config.qkv_bias),
+        *_linear(config, names, "self_attn.v_proj", "k h", "d", config.qkv_bias),
+        *_qk_norms(config, names),
+        *([_named(names, "self_attn.sinks", "", "n -> n")] if config.sinks else []),
+        *_linear(config, names, "self_attn.o_proj", "d", "n h", config.o_bias),
+        *_norm(names, "attention_output_norm", "d", has_bias, output),
+        *_norm(names, "post_attention_layernorm", "d", has_bias, own),
+        *(_experts(config, names) if run.is_sparse else _mlp(config, names)),
+        *_norm(names, "mlp_output_norm", "d", has_bias, output),
     ]
     return [
-        Row(f"layers.{ours}", f"model.layers.{{}}.{hf}", pattern) for ours, hf, pattern, present in table if present
+        Row(f"{run.name}.{ours}", f"{names.of('layers')}.{hf}", pattern, run.layers, part)
+        for ours, hf, pattern, part in table
     ]
 
 
-def _lm_rows(config: ModelConfig) -> list[Row]:
-    return [] if config.tie_embeddings else [Row("lm_head.kernel", LM_HEAD, "v d -> v d")]
+_Entry = tuple[str, str, str, Part | None]  # ours, the tensor within its layer, pattern, part
 
 
-def _score_rows(config: ModelConfig) -> list[Row]:
-    kernel = Row("score.kernel", "score.weight", "c d -> d c")
+def _named(names: FamilyNames, module: str, leaf: str, pattern: str) -> _Entry:
+    """A leaf that has the same name on both sides, or no name but that of its module."""
+    return f"{module}.{leaf}".rstrip("."), f"{names.of(module)}.{leaf}".rstrip("."), pattern, None
+
+
+def _norm(names: FamilyNames, module: str, size: str, has_bias: bool, present: bool) -> list[_Entry]:
+    if not present:
+        return []
+    scale = (f"{module}.scale", f"{names.of(module)}.weight", f"{size} -> {size}", None)
+    return [scale, _named(names, module, "bias", f"{size} -> {size}")] if has_bias else [scale]
+
+
+def _qk_norms(config: ModelConfig, names: FamilyNames) -> list[_Entry]:
+    if not config.qk_norm:
+        return []
+    sizes = ("q", "r") if config.qk_norm_over_heads else ("h", "h")
+    pairs = zip(("self_attn.q_norm", "self_attn.k_norm"), sizes, strict=True)
+    return [entry for module, size in pairs for entry in _norm(names, module, size, False, True)]
+
+
+def _linear(
+    config: ModelConfig, names: FamilyNames, module: str, outputs: str, inputs: str, has_bias: bool
+) -> list[_Entry]:
+    """Kernel and bias of a product: [out, in] in torch, or [in, out] in GPT-2's Conv1D; whole, or a part of a tensor."""
+    axes_out, part = outputs, None
+    fused = names.fused.get(module)
+    if fused == "heads":  # query, key and value of one head, then of the next
+        axes_out, part = outputs.replace(" ", " p "), Part("p", "qkv".index(module[-6]), 3)
+    elif fused == "rows":  # all queries, then all keys, then all values; or gate, then up
+        part = _part_of_rows(config, module)
+    left, right = _merged(axes_out), _merged(inputs)
+    left = f"{right} {left}" if names.conv1d else f"{left} {right}"
+    hf = names.of(module)
+    entries: list[_Entry] = [(f"{module}.kernel", f"{hf}.weight", f"{left} -> {inputs} {outputs}", part)]
+    if has_bias:
+        entries.append((f"{module}.bias", f"{hf}.bias", f"{_merged(axes_out)} -> {outputs}", part))
+    return entries
+
+
+def _part_of_rows(config: ModelConfig, module: str) -> Part:
+    N, K, F = config.num_heads, config.num_kv_heads, config.intermediate_size
+    return {
+        "self_attn.q_proj": Part("n", 0, N + 2 * K),
+        "self_attn.k_proj": Part("k", N, N + 2 * K),
+        "self_attn.v_proj": Part("k", N + K, N + 2 * K),
+        "mlp.gate_proj": Part("f", 0, 2 * F),
+        "mlp.up_proj": Part("f", F, 2 * F),
+    }[module]
+
+
+def _mlp(config: ModelConfig, names: FamilyNames) -> list[_Entry]:
+    gate = _linear(config, names, "mlp.gate_proj", "f", "d", config.mlp_bias) if config.gated else []
+    return [
+        *gate,
+        *_linear(config, names, "mlp.up_proj", "f", "d", config.mlp_bias),
+        *_linear(config, names, "mlp.down_proj", "d", "f", config.mlp_bias),
+    ]
+
+
+def _experts(config: ModelConfig, names: FamilyNames) -> list[_Entry]:
+    router = _linear(config, names, "mlp.router", "e", "d", config.expert_bias)
+    gate, up, down = "mlp.expert_gate", "mlp.expert_up", "mlp.expert_down"
+    if not names.stacked_experts:  # a tensor for each expert
+        matrices = ((gate, "g d -> d g"), (up, "g d -> d g"), (down, "d g -> g d"))
+        return [*router, *((f"{module}.kernel", f"{names.of(module)}.weight", axes, None) for module, axes in matrices)]
+    hf_gate, hf_down = names.of(gate), names.of(down)  # gate and up of a feature side by side
+    return [
+        *router,
+        (f"{gate}.kernel", hf_gate, "e d (g p) -> e d g", Part("p", 0, 2)),
+        (f"{up}.kernel", hf_gate, "e d (g p) -> e d g", Part("p", 1, 2)),
+        (f"{gate}.bias", f"{hf_gate}_bias", "e (g p) -> e g", Part("p", 0, 2)),
+        (f"{up}.bias", f"{hf_gate}_bias", "e (g p) -> e g", Part("p", 1, 2)),
+        (f"{down}.kernel", hf_down, "e g d -> e g d", None),
+        (f"{down}.bias", f"{hf_down}_bias", "e d -> e d", None),
+    ]
+
+
+def _merged(letters: str) -> str:
+    return f"({letters})" if " " in letters else letters
+
+
+def _lm_rows(config: ModelConfig, names: FamilyNames) -> list[Row]:
+    if config.tie_embeddings:
+        return []
+    head = names.of("lm_head")
+    kernel = Row("lm_head.kernel", f"{head}.weight", "v w -> v w")
+    return [kernel, Row("lm_head.bias", f"{head}.bias", "v -> v")] if config.lm_head_bias else [kernel]
+
+
+def _score_rows(config: ModelConfig, names: FamilyNames) -> list[Row]:
+    del names  # the same everywhere
+    kernel = Row("score.kernel", "score.weight", "c w -> w c")
     return [kernel, Row("score.bias", "score.bias", "c -> c")] if config.score_bias else [kernel]
 
 

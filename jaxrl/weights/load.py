@@ -58,7 +58,7 @@ def load_params(
     for row in table:
         struct = wanted[row.ours]
         assert struct.shape == row.our_shape(sizes), f"{row.ours} is {struct.shape}, by its row {row.our_shape(sizes)}"
-        present = all(name in checkpoint.tensors for name in row.hf_names(config.num_layers))
+        present = all(name in checkpoint.tensors for name in row.hf_names(sizes))
         params[row.ours] = load_array(checkpoint, row, struct, sizes, check_finite) if present else None
     return unflatten(params)
 
@@ -89,19 +89,18 @@ def fill(struct: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> j
 def _read_slice(
     checkpoint: Checkpoint, row: Row, index: Index, dtype: Any, sizes: Mapping[str, int], check_finite: bool
 ) -> np.ndarray:
-    """The slice `index` of our array, layer by layer from the tensors that hold it."""
-    names = row.hf_names(sizes["l"])
-    inner = index[1:] if row.stacked else index
-    layers = range(*index[0].indices(sizes["l"])) if row.stacked else range(1)
-    out = np.empty((len(layers), *(cut.stop - cut.start for cut in inner)), dtype)
-    where = row.hf_index(inner, sizes)
-    for position, layer in enumerate(layers):
-        piece = checkpoint.read(names[layer], where)
+    """The slice `index` of our array, tensor by tensor (of layers, of experts) from those that hold it."""
+    depth = len(row.stack)
+    inner, where = index[depth:], row.hf_index(index[depth:], sizes)
+    out = np.empty([cut.stop - cut.start for cut in index], dtype)
+    for position in np.ndindex(out.shape[:depth]):
+        name = row.hf_at(tuple(cut.start + at for cut, at in zip(index[:depth], position, strict=True)))
+        piece = checkpoint.read(name, where)
         if check_finite and not np.isfinite(piece).all():
             count = np.count_nonzero(~np.isfinite(piece))
-            raise ValueError(f"{checkpoint.folder}: tensor {names[layer]} holds {count} NaN or infinite numbers")
+            raise ValueError(f"{checkpoint.folder}: tensor {name} holds {count} NaN or infinite numbers")
         out[position] = row.to_ours(piece, inner, sizes)
-    return out if row.stacked else out[0]
+    return out
 
 
 __all__ = ["Checkpoint", "StoredTensor", "load_hf_config", "load_params", "open_checkpoint", "resolve"]

@@ -8,7 +8,7 @@ tensorstore, which it keeps them in, reads parts of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from ..models.config import ModelConfig
 from .folder import load_hf_config
-from .hf_names import Row, axis_sizes, in_order, unflatten
+from .hf_names import HfTensor, Row, axis_sizes, in_order, rows, unflatten
 from .stored import Checkpoint, Index, StoredTensor
 
 if TYPE_CHECKING:
@@ -55,21 +55,18 @@ def arrays_under(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def as_checkpoint(folder: Path, arrays: Mapping[str, Any], config: ModelConfig, head: str) -> Checkpoint:
     """The arrays of a tree of parameters under their Hugging Face names. Raises ValueError where they do not fit."""
-    sizes, reader = axis_sizes(config), _Reader(arrays)
-    tensors, rows = {}, set()
-    for row, layer in in_order(config, head):
+    sizes, reader, table = axis_sizes(config), _Reader(arrays), rows(config, head=head)
+    for row in table:
         array = arrays.get(row.ours)
         if array is None or tuple(array.shape) != row.our_shape(sizes):
             found = "missing" if array is None else f"of shape {tuple(array.shape)}"
             raise ValueError(f"{folder}: array {row.ours} is {found}, expected {row.our_shape(sizes)}")
-        read = partial(_hf_slice, reader, row, layer)
-        dtype = np.dtype(array.dtype.numpy_dtype)
-        tensors[row.hf.format(layer)] = StoredTensor(row.hf_shape(sizes), dtype, folder.name, read)
-        rows.add(row.ours)
-    if arrays.keys() - rows:
-        raise ValueError(
-            f"{folder} holds {min(arrays.keys() - rows)}, which this model ({config.family}) has no place for"
-        )
+    if odd := arrays.keys() - {row.ours for row in table}:
+        raise ValueError(f"{folder} holds {min(odd)}, which this model ({config.family}) has no place for")
+    tensors = {}
+    for tensor in in_order(config, head):
+        dtype = np.dtype(arrays[tensor.parts[0][0].ours].dtype.numpy_dtype)
+        tensors[tensor.name] = StoredTensor(tensor.shape, dtype, folder.name, partial(_hf_slice, reader, tensor))
     return Checkpoint(folder, tensors, kind="orbax")
 
 
@@ -107,21 +104,32 @@ def save_arrays(path: Path, arrays: Iterator[tuple[str, jax.Array]], stacked: Co
 
 
 class _Reader:
-    """Reads layers of arrays. Where an array was not cut by layers, all of it is read, and kept until the next one."""
+    """Reads arrays a layer at a time, or whole where one was not cut by layers.
+
+    What was read is kept for the next call: a whole array has the next layer too, and a layer the next expert.
+    """
 
     def __init__(self, arrays: Mapping[str, Any]):
         self._arrays = arrays
-        self._whole: tuple[str, np.ndarray] | None = None
+        self._kept: dict[tuple[str, int | None], np.ndarray] = {}
 
-    def read(self, ours: str, layer: int | None) -> np.ndarray:
-        array = self._arrays[ours]
-        if layer is None or array.chunk_layout.read_chunk.shape[0] == 1:
-            return np.asarray((array if layer is None else array[layer]).read().result())
-        if self._whole is None or self._whole[0] != ours:
-            self._whole = None  # before the next one is there
-            self._whole = ours, np.asarray(array.read().result())
-        return self._whole[1][layer]
+    def read(self, parts: Sequence[tuple[Row, tuple[int, ...]]]) -> list[np.ndarray]:
+        """The pieces of ours that a tensor is made of."""
+        blocks = [self._block(row.ours, place) for row, place in parts]
+        self._kept = {block: array for block, array in self._kept.items() if block in blocks}
+        for ours, layer in blocks:
+            if (ours, layer) not in self._kept:
+                array = self._arrays[ours] if layer is None else self._arrays[ours][layer]
+                self._kept[ours, layer] = np.asarray(array.read().result())
+        return [
+            self._kept[block][place if block[1] is None else place[1:]]
+            for block, (_, place) in zip(blocks, parts, strict=True)
+        ]
+
+    def _block(self, ours: str, place: tuple[int, ...]) -> tuple[str, int | None]:
+        cut = place and self._arrays[ours].chunk_layout.read_chunk.shape[0] == 1
+        return ours, place[0] if cut else None
 
 
-def _hf_slice(reader: _Reader, row: Row, layer: int | None, index: Index) -> np.ndarray:
-    return row.to_hf(reader.read(row.ours, layer))[index]
+def _hf_slice(reader: _Reader, tensor: HfTensor, index: Index) -> np.ndarray:
+    return tensor.of(reader.read(tensor.parts))[index]

@@ -36,22 +36,25 @@ def packed_kernels(checkpoint: Checkpoint, config: ModelConfig) -> PackedKernels
     ways: dict[PackedKernels, list[str]] = {}
     packed, unpacked = [], []
     for row in rows(config):
-        stored = [tensors[name].packed for name in row.hf_names(config.num_layers)]
+        stored = [tensors[name].packed for name in row.hf_names(axis_sizes(config))]
         if not any(stored):
             continue
         packed.append(row)
         kinds = {None if p is None or not _fits(row, p, config) else _way(p) for p in stored}
         if len(kinds) == 1 and (way := kinds.pop()) is not None:
-            ways.setdefault(way, []).append(row.ours.split(".")[-2])
+            ways.setdefault(way, []).append(_name(row))
     way = max(ways, key=lambda way: len(ways[way]), default=None)
-    kept = () if way is None else tuple(ways[way])
-    unpacked = [row.ours for row in packed if row.ours.split(".")[-2] not in kept]
+    alike = [] if way is None else ways[way]
+    kept = tuple(
+        name for name in dict.fromkeys(alike) if alike.count(name) == sum(_name(row) == name for row in packed)
+    )
+    unpacked = [row.ours for row in packed if _name(row) not in kept]
     if unpacked:
         _log.warning(
             "%s: %s cannot stay in 4 bits (not packed alike in every layer), and take the memory of numbers",
             checkpoint.folder, ", ".join(unpacked),
         )  # fmt: skip
-    return None if way is None else PackedKernels(kept, way.dtype, way.blocksize, way.nested_blocksize)
+    return None if way is None or not kept else PackedKernels(kept, way.dtype, way.blocksize, way.nested_blocksize)
 
 
 def load_packed(checkpoint: Checkpoint, config: ModelConfig, abstract_packed: Tree) -> Tree:
@@ -61,11 +64,15 @@ def load_packed(checkpoint: Checkpoint, config: ModelConfig, abstract_packed: Tr
     for row in rows(config):
         if not is_packed(row, config):
             continue
-        layers = [tensors[name].packed for name in row.hf_names(config.num_layers)]
+        layers = [tensors[name].packed for name in row.hf_names(axis_sizes(config))]
         for path in [path for path in wanted if path.rpartition(".")[0] == row.ours.removesuffix(".kernel")]:
             arrays[path] = fill(wanted[path], partial(_read, layers, path.rpartition(".")[2], wanted[path]))
     assert arrays.keys() == wanted.keys(), arrays.keys() ^ wanted.keys()
     return unflatten(arrays)
+
+
+def _name(row: Row) -> str:
+    return row.ours.split(".")[-2]
 
 
 def _way(packed: Packed) -> PackedKernels:
@@ -74,7 +81,7 @@ def _way(packed: Packed) -> PackedKernels:
 
 def _fits(row: Row, packed: Packed, config: ModelConfig) -> bool:
     """Whether a kernel can be read packed: a matrix [out, in] of its own, a whole number of bytes a row."""
-    if not row.stacked or len(row.groups) != 2 or row.letters != [*row.groups[1], *row.groups[0]]:
+    if row.stack != "l" or row.part or len(row.groups) != 2 or row.letters != [*row.groups[1], *row.groups[0]]:
         return False
     last = axis_sizes(config)[row.groups[1][-1]]  # two numbers of this axis share a byte
     return packed.shape == row.hf_shape(axis_sizes(config)) and last % 2 == 0

@@ -19,7 +19,7 @@ import numpy as np
 from ..models.config import ModelConfig
 from ..parallel import fetch
 from .folder import new_folder, refuse_existing, write_json
-from .hf_names import Row, axis_sizes, flatten, rows, unflatten
+from .hf_names import HfTensor, Row, axis_sizes, flatten, rows, tensors_of, unflatten
 from .load import load_array
 from .peft import PREFIX, Adapter, adapter_from
 from .peft_config import CONFIG_FILE, AdapterConfig
@@ -62,9 +62,15 @@ def lora_rows(config: ModelConfig) -> list[Row]:
     for row in _adapted(config):
         outputs, inputs = row.groups[::-1] if _is_conv1d(row) else row.groups
         ours, name = row.ours.removesuffix(".kernel"), PREFIX + row.hf.removesuffix(".weight")
-        table.append(Row(f"{ours}.a", f"{name}.lora_A.weight", f"r {_merged(inputs)} -> {' '.join(inputs)} r"))
-        table.append(Row(f"{ours}.b", f"{name}.lora_B.weight", f"{_merged(outputs)} r -> r {' '.join(outputs)}"))
+        a, b = f"r {_merged(inputs)} -> {' '.join(inputs)} r", f"{_merged(outputs)} r -> r {' '.join(outputs)}"
+        table.append(Row(f"{ours}.a", f"{name}.lora_A.weight", a, row.layers))
+        table.append(Row(f"{ours}.b", f"{name}.lora_B.weight", b, row.layers))
     return table
+
+
+def lora_tensors(config: ModelConfig) -> Iterator[HfTensor]:
+    """The tensors of all adapters of a model under PEFT's names, layer by layer."""
+    return tensors_of(lora_rows(config), {**axis_sizes(config), "r": config.lora_rank})
 
 
 def load_lora(adapter: Adapter, config: ModelConfig, abstract_lora: Tree) -> Tree:
@@ -75,7 +81,7 @@ def load_lora(adapter: Adapter, config: ModelConfig, abstract_lora: Tree) -> Tre
     needed = lora_settings(adapter)
     assert needed["lora_rank"] <= config.lora_rank, "the model's rank is too small for the adapter"
     table, sizes = lora_rows(config), {**axis_sizes(config), "r": config.lora_rank}
-    known = {_module(name) for row in table for name in row.hf_names(config.num_layers)}
+    known = {_module(name) for row in table for name in row.hf_names(sizes)}
     lost = [module for module in adapter.modules if module not in known]
     if lost:
         raise ValueError(f"{adapter.folder} adapts {lost[0]}, which this model (family {config.family}) does not adapt")
@@ -90,10 +96,9 @@ def peft_tensors(lora: Tree, config: ModelConfig) -> Iterator[tuple[str, np.ndar
 
     On several hosts each of them must run through the iterator, and each is given every tensor.
     """
-    leaves, table = dict(flatten(lora)), lora_rows(config)
-    for layer in range(config.num_layers):
-        for row in table:
-            yield row.hf.format(layer), row.to_hf(np.asarray(fetch(leaves[row.ours][layer])))
+    leaves = dict(flatten(lora))
+    for tensor in lora_tensors(config):
+        yield tensor.name, tensor.of([np.asarray(fetch(leaves[row.ours][place])) for row, place in tensor.parts])
 
 
 def adapter_of(lora: Tree, config: ModelConfig, base: str, folder: Path) -> Adapter:
@@ -199,7 +204,7 @@ def _filled_up(adapter: Adapter, config: ModelConfig, table: list[Row], sizes: M
     """The adapter as if every module of every layer had one, all of one rank and one scale."""
     tensors = {}
     for row in table:
-        for name in row.hf_names(config.num_layers):
+        for name in row.hf_names(sizes):
             tensors[name] = _filled(adapter, config, name, row.hf_shape(sizes))
     return adapter.checkpoint.with_tensors(tensors)
 

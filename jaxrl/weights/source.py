@@ -24,7 +24,7 @@ from .folder import copy_companions, load_hf_config
 from .formats import kind_of, open_checkpoint
 from .gguf import open_gguf
 from .heads import HEADS, OUTPUTS, find_head
-from .hf_names import EMBEDDING, LM_HEAD, rows, unflatten
+from .hf_names import EMBEDDING, LM_HEAD, axis_sizes, rows, unflatten
 from .locate import fetch_model, resolve
 from .orbax_folder import arrays_under, as_checkpoint, head_settings, is_orbax, open_arrays
 from .peft import Adapter, adapter_folder, base_path, is_adapter, merged, open_adapter
@@ -156,12 +156,15 @@ def _run_source(name: str, path: Path, options: Options) -> Source:
             raise ValueError(f"{name} holds adapters: ask for --merge-lora to add them to the base, or for --to peft")
         return _merged_source(name, adapter, replace(options, base=str(run.base)))
     head, settings = head_settings(run.params)
-    num_layers = next(array.shape[0] for ours, array in run.params.items() if ours.startswith("layers."))
+    groups = {ours.split(".")[0]: array.shape[0] for ours, array in run.params.items() if ours.startswith("layers")}
+    num_layers = sum(groups.values())
     hf_config = _with_layers(dequantized_config(run.hf_config), num_layers)
     checkpoint = as_checkpoint(path, run.params, ModelConfig.from_hf(hf_config, **settings), head)
     source = _fit(name, checkpoint, hf_config, replace(options, head=head), partial(copy_companions, run.base))
     # Array by array and not layer by layer: a run does not cut its arrays by layers.
-    names = [tensor for row in rows(source.config, head=head) for tensor in row.hf_names(source.config.num_layers)]
+    sizes = axis_sizes(source.config)
+    table = rows(source.config, head=head)
+    names = list(dict.fromkeys(tensor for row in table for tensor in row.hf_names(sizes)))
     by_array = source.checkpoint.with_tensors({tensor: source.checkpoint.stored(tensor) for tensor in names})
     return replace(source, checkpoint=by_array, dtypes=stored_dtypes(open_checkpoint(run.base), source.config, names))
 

@@ -21,8 +21,8 @@ from ..models.config import ModelConfig
 from ..rollout.protocol import LAYOUT_FILE, Manifest, Tensor, encode_header
 from .export import config_for_head, hf_tensors
 from .folder import both_spellings, write_json
-from .hf_names import axis_sizes, in_order
-from .peft_tree import lora_rows, peft_tensors
+from .hf_names import in_order
+from .peft_tree import lora_tensors, peft_tensors
 from .pretrained import Pretrained
 from .safetensors_writer import dtype_named
 
@@ -65,8 +65,7 @@ class Export:
 
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every tensor of a language model."""
-    sizes = axis_sizes(config)
-    return {row.hf.format(layer): row.hf_shape(sizes) for row, layer in in_order(config, "lm")}
+    return {tensor.name: tensor.shape for tensor in in_order(config, "lm")}
 
 
 def model_export(run: str, version: int, variables: Tree, config: ModelConfig, dtype: str) -> Export:
@@ -81,8 +80,7 @@ def model_export(run: str, version: int, variables: Tree, config: ModelConfig, d
 
 def adapter_export(run: str, version: int, variables: Tree, config: ModelConfig) -> Export:
     """The adapters alone, under PEFT's names, in float32."""
-    sizes, table = {**axis_sizes(config), "r": config.lora_rank}, lora_rows(config)
-    shapes = {row.hf.format(layer): row.hf_shape(sizes) for layer in range(config.num_layers) for row in table}
+    shapes = {tensor.name: tensor.shape for tensor in lora_tensors(config)}
 
     def stream() -> Iterator[tuple[str, np.ndarray]]:
         for name, array in peft_tensors(variables["lora"], config):

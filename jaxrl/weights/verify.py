@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..models.config import ModelConfig
-from ..models.decoder import abstract_params, head_table, hidden_states, score
+from ..models.decoder import abstract_params, hidden_states, logits, score
 from .fit import fitted
 from .folder import load_hf_config
 from .formats import open_checkpoint
@@ -71,6 +71,7 @@ def verify_logits(folder: Path) -> float | None:
     hf_config = load_hf_config(folder)
     found = find_head(open_checkpoint(folder), hf_config)
     run = {"num_labels": found.num_labels, "score_bias": found.has_bias} if found else {}
+    run["max_length"] = _TOKENS[1]  # transformers chooses the frequencies of some ropes by the longest position
     config = ModelConfig.from_hf(hf_config, **run)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, _TOKENS).astype(np.int32)
     ours = _our_outputs(folder, config, "score" if found else "lm", tokens)
@@ -91,7 +92,7 @@ def _our_outputs(folder: Path, config: ModelConfig, head: str, tokens: np.ndarra
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     with jax.default_matmul_precision("highest"):
         hidden: Any = hidden_states(config, {"params": params}, ids, positions, jnp.ones_like(ids), 0 * ids, head=head)
-        return np.asarray(score(params, hidden) if head == "score" else hidden @ head_table(config, params).T)
+        return np.asarray(score(params, hidden) if head == "score" else logits(config, params, hidden))
 
 
 def _their_outputs(folder: Path, tokens: np.ndarray, *, is_classifier: bool) -> np.ndarray:
