@@ -94,7 +94,7 @@ def make_optimizer(
         def of_leaf(path: tuple, *arrays: Array) -> tuple[Array, Array, Array]:
             if not lies_on_host(arrays[2]):
                 return step(*arrays)
-            stacked = any(getattr(entry, "key", None) == "layers" for entry in path)
+            stacked = any(str(getattr(entry, "key", "")).startswith("layers") for entry in path)
             return _layer_by_layer(step, *arrays) if stacked else _whole(step, *arrays)
 
         leaves, treedef = jax.tree.flatten(grads)

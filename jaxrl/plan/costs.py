@@ -35,9 +35,8 @@ class Cost(NamedTuple):
 
 def sizes_of(model: ModelConfig, head: str) -> Sizes:
     params = abstract_params(model, head)[0]["params"]
-    kernels = [
-        leaf for path, leaf in jax.tree.leaves_with_path(params["layers"]) if getattr(path[-1], "key", "") == "kernel"
-    ]
+    layers = [params[run.name] for run in model.runs]
+    kernels = [leaf for path, leaf in jax.tree.leaves_with_path(layers) if getattr(path[-1], "key", "") == "kernel"]
     c = model
     heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     widths = 2 * c.hidden_size + heads + c.num_heads * c.head_dim + c.hidden_size + 2 * c.hidden_size
