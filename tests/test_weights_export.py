@@ -16,7 +16,6 @@ from jaxrl.models.decoder import abstract_params
 from jaxrl.parallel import make_mesh, with_shardings
 from jaxrl.weights.export import export_hf, hf_tensors
 from jaxrl.weights.folder import both_spellings
-from jaxrl.weights.folder import both_spellings
 from jaxrl.weights.hf_names import flatten
 from jaxrl.weights.load import load_hf_config, load_params, open_checkpoint
 

@@ -106,12 +106,12 @@ def to_hf(
     """
     if not config.hf_json:
         raise ValueError("this config does not know the config.json it was made from: take the one that from_hf gave")
-    head, sizes = head_of(params), axis_sizes(config)
-    leaves = dict(flatten(params))
+    head, leaves = head_of(params), dict(flatten(params))
     specs = []
-    for row, layer in in_order(config, head):
+    for tensor in in_order(config, head):
+        row = tensor.parts[0][0]
         kept = config.packed.dtype if config.packed and is_packed(row, config) else leaves[row.ours].dtype
-        specs.append(TensorSpec(row.hf.format(layer), row.hf_shape(sizes), np.dtype(dtype or kept)))
+        specs.append(TensorSpec(tensor.name, tensor.shape, np.dtype(dtype or kept)))
     hf_config = config_for_head(json.loads(config.hf_json), config, head)
     tensors = (
         (spec.name, np.ascontiguousarray(tensor.astype(spec.dtype, copy=False)))
@@ -153,7 +153,7 @@ def _dtypes(checkpoint: Checkpoint, config: ModelConfig, head: str, dtype: str |
     if dtype is not None:
         return {row.ours: dtype_named(dtype) for row in rows(config, head=head)}
     tensors = fitted(dequantized(checkpoint), config, head).tensors
-    return {row.ours: tensors[row.hf_names(config.num_layers)[0]].dtype for row in rows(config, head=head)}
+    return {row.ours: tensors[row.hf_names(axis_sizes(config))[0]].dtype for row in rows(config, head=head)}
 
 
 def _open_torch(model: Any) -> Pretrained:
