@@ -14,38 +14,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
     parser.add_argument("--topology", required=True, help="h100:2x8 (nodes x devices), a100:1x8, v5e:4x4, cpu:8 ...")
-    parser.add_argument(
-        "--sweep", action="store_true", help="try other meshes, remat and micro-batches; propose what fits"
-    )
+    parser.add_argument("--sweep", action="store_true", help="try meshes, remat and micro-batches; propose what fits")
+    parser.add_argument("--programs", help="compile these alone, for example update_actor,gen/decode")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    # What is compiled for is described, not looked for: JAX itself starts on the CPU.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if args.topology.startswith("cpu:"):
         number = args.topology.removeprefix("cpu:")
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={number}"
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is compiled for is described, not looked for
     try:
-        import jax
-
         from jaxrl.config import load
 
         config = load(args.config, args.overrides)
         from jaxrl.plan.report import make_plan, table
+        from jaxrl.plan.sweep import sweep, sweep_table
         from jaxrl.topology import described
 
         topology = described(args.topology)
-        if (
-            topology.hardware.platform != "cpu"
-        ):  # what is compiled for absent devices cannot be read back from the cache
-            jax.config.update("jax_enable_compilation_cache", False)
         if args.sweep:
-            from jaxrl.plan.sweep import sweep, sweep_table
-
-            found = sweep(config, topology)
-            print(json.dumps([f.to_dict() for f in found], indent=2) if args.json else sweep_table(found))
+            found = sweep(config, topology, say=lambda line: print(line, file=sys.stderr))
+            print(json.dumps([choice.to_dict() for choice in found], indent=2) if args.json else sweep_table(found))
         else:
-            plan = make_plan(config, topology)
+            plan = make_plan(config, topology, only=args.programs.split(",") if args.programs else None)
             print(json.dumps(plan.to_dict(), indent=2) if args.json else table(plan))
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -22,6 +22,7 @@ from jaxrl.plan.costs import cost
 from jaxrl.plan.hlo import facts
 from jaxrl.plan.programs import Work, roles_of
 from jaxrl.plan.report import Plan, make_plan, table, verdict
+from jaxrl.plan.sweep import meshes, sweep, sweep_table
 from jaxrl.topology import described
 from jaxrl.weights.pretrained import open_pretrained
 
@@ -55,7 +56,7 @@ def config(mesh: str = "2x2x2", **sections):
 @cache
 def plan(mesh: str) -> Plan:
     """All programs on one mesh; on the others, those of training alone."""
-    only = (lambda name: True) if mesh == "2x2x2" else (lambda name: name.startswith("update_"))
+    only = None if mesh == "2x2x2" else ("update_critic", "update_actor", "update_weights")
     return make_plan(config(mesh), described("cpu:8"), only=only)
 
 
@@ -248,3 +249,30 @@ def test_the_verdict_says_by_how_much_and_what_to_change():
     small = dataclasses.replace(found, memory=1e5)
     assert not small.fits and "does not fit: " in verdict(small) and "raise mesh.fsdp" in table(small)
     json.dumps(small.to_dict())
+
+
+def test_a_sweep_proposes_what_fits_and_offloads_only_where_it_must():
+    topology = dataclasses.replace(described("cpu:2"), per_node=1)  # no tensor across nodes
+    small = dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, memory=1.9e6))
+    found = sweep(config(), small)
+    assert found == sorted(found, key=lambda choice: choice.plan.step_seconds_one_by_one)
+    assert all(choice.plan.fits for choice in found)
+    (replicas,) = (choice.overrides for choice in found if "mesh.data=2" in choice.overrides)
+    (shards,) = (choice.overrides for choice in found if "mesh.fsdp=2" in choice.overrides)
+    assert "actor.offload=[optimizer]" in replicas  # they need 2.2 MB as they are, and 1.8 so
+    assert not any("offload=[" in override for override in shards)
+    assert "mesh.fsdp=2" in sweep_table(found) and sweep_table([]).startswith("nothing fits")
+
+
+def test_every_mesh_of_a_topology_is_tried_with_tensor_within_a_node():
+    two_nodes = dataclasses.replace(described("cpu:4"), per_node=2)
+    assert [tuple(mesh.values()) for mesh in meshes(two_nodes)] == [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)]
+
+
+def test_a_plan_for_two_nodes_of_h100_on_a_machine_without_one():
+    pytest.importorskip("jax_cuda13_plugin", reason="the extra plan-gpu is not installed")
+    c = config("2x8x1", model={"compute_dtype": "bfloat16"})
+    found = make_plan(c, described("h100:2x8"), only=["update_actor"]).programs[0]
+    across = {name for name, sent in found.traffic.items() if sent and "data" in name}
+    assert across and found.network_bytes > 0  # replicas sit on different nodes, shards on one
+    assert found.link_bytes > found.network_bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,19 +96,20 @@ class Plan:
         }  # fmt: skip
 
 
-def make_plan(
-    c: Config,
-    topology: Topology,
-    *,
-    only: Callable[[str], bool] = lambda name: True,
-) -> Plan:
-    """Compile the programs whose names `only` takes, with shapes alone. Raises ValueError for what fits no such mesh."""
+def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = None) -> Plan:
+    """Compile the programs of a run, or those that `only` names, with shapes alone.
+
+    Raises ValueError for a mesh that the topology cannot hold, and for a program that the run has not.
+    """
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices=topology.devices)
     run = programs_of(c, roles_of(c, mesh))
     device = {name: 0 if name in run.offloaded else bytes_of(tree) for name, tree in run.resident.items()}
     host = {name: bytes_of(tree) - device[name] for name, tree in run.resident.items()}
     plan = Plan(topology.name, topology.hardware.name, topology.hardware.memory, dict(mesh.shape), device, host)
-    plan.programs.extend(_compile(work, run, device, topology) for work in run.work if only(work.name))
+    names = [work.name for work in run.work]
+    if unknown := set(only or ()) - set(names):
+        raise ValueError(f"the run has no program {', '.join(sorted(unknown))}: it has {', '.join(names)}")
+    plan.programs.extend(_compile(work, run, device, topology) for work in run.work if not only or work.name in only)
     return plan
 
 

@@ -1,8 +1,8 @@
-"""Which mesh, remat and micro-batch fit on a topology, the fastest first.
+"""Which mesh, offload, remat and micro-batch fit on a topology, the fastest first.
 
-Each way to lay the devices out is tried with the cheapest remat and the largest micro-batch first; the updates and the
-generation are compiled, and what does not fit is tried again with less. What cannot fit by its weights alone is not
-compiled at all.
+For each mesh, what is left on the device is tried first, then the optimizer's state in host memory, then weights too.
+Remat and micro-batch go from the fastest to the smallest, after a look whether the smallest fits at all. What cannot fit
+by what lies there throughout is not compiled.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from ..config import Config
 from ..parallel import make_mesh
 from ..topology import Topology
 from .check import least_memory
-from .programs import roles_of
+from .programs import programs_of, roles_of
 from .report import Plan, make_plan
 
+Say = Callable[[str], None]
 REMATS = ("none", "dots", "full")
-LARGEST_PROGRAMS = ("gen/begin", "gen/decode", "update_critic", "update_actor", "update_weights")
+OFFLOADS = ((), ("optimizer",), ("optimizer", "params"))
+UPDATES = ("update_critic", "update_actor")
+OTHERS = ("gen/begin", "gen/decode", "update_weights")  # with the updates, those whose peak decides
 
 
 class Choice(NamedTuple):
-    """Settings that fit, as overrides, with what the programs that decide take and need."""
+    """Settings that fit, as overrides, with the plan of the programs that decide."""
 
     overrides: tuple[str, ...]
     plan: Plan
@@ -32,36 +35,16 @@ class Choice(NamedTuple):
         return {"overrides": list(self.overrides)} | self.plan.to_dict()
 
 
-def sweep(c: Config, topology: Topology, *, say: Callable[[str], None] = lambda line: None) -> list[Choice]:
-    """What fits, by predicted time (if nothing overlaps). `say` hears of every try."""
+def sweep(c: Config, topology: Topology, *, say: Say = lambda line: None) -> list[Choice]:
+    """What fits of every mesh, by predicted time where nothing overlaps. `say` hears of every try."""
     found = []
     for mesh in meshes(topology):
-        base = dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, **mesh))
-        roles = roles_of(base, make_mesh(**mesh, devices=topology.devices))
-        least = max(need.total for need in least_memory(base, roles))
-        shape = "x".join(map(str, mesh.values()))
-        if least > topology.hardware.memory:
-            say(f"mesh {shape}: {least / 1e9:.1f} GB without activations")
-            continue
-        for remat, tokens in _settings(c):
-            tried = dataclasses.replace(
-                base, model=dataclasses.replace(base.model, remat=remat),
-                actor=dataclasses.replace(base.actor, ppo_max_token_len_per_gpu=tokens),
-                critic=dataclasses.replace(base.critic, ppo_max_token_len_per_gpu=tokens),
-            )  # fmt: skip
-            plan = make_plan(tried, topology, only=lambda name: name in LARGEST_PROGRAMS)
-            say(f"mesh {shape} remat {remat} tokens {tokens}: {plan.peak / 1e9:.1f} GB")
-            if plan.fits:
-                overrides = (
-                    *(f"mesh.{axis}={size}" for axis, size in mesh.items()), f"model.remat={remat}",
-                    f"actor.ppo_max_token_len_per_gpu={tokens}", f"critic.ppo_max_token_len_per_gpu={tokens}",
-                )  # fmt: skip
-                found.append(Choice(overrides, plan))
+        on_mesh = dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, **mesh))
+        for offload in OFFLOADS:
+            choice = _first_that_fits(_offloaded(on_mesh, offload), topology, mesh, offload, say)
+            if choice is not None:
+                found.append(choice)
                 break
-            if not any(p.name.startswith("update_a") and p.peak > plan.memory for p in plan.programs) and not any(
-                p.name.startswith("update_c") and p.peak > plan.memory for p in plan.programs
-            ):
-                break  # what is too large does not depend on remat and micro-batches
     return sorted(found, key=lambda choice: choice.plan.step_seconds_one_by_one)
 
 
@@ -74,14 +57,73 @@ def meshes(topology: Topology) -> Iterator[dict[str, int]]:
             yield {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
 
 
-def _settings(c: Config) -> Iterator[tuple[str, int]]:
+def _first_that_fits(
+    c: Config, topology: Topology, mesh: dict[str, int], offload: tuple[str, ...], say: Say
+) -> Choice | None:
+    where = f"mesh {'x'.join(map(str, mesh.values()))}, in host memory {' and '.join(offload) or 'nothing'}"
+    roles = roles_of(c, make_mesh(**mesh, devices=topology.devices))
+    least = max(need.total for need in least_memory(c, roles))
+    if least > topology.hardware.memory:
+        say(f"{where}: {least / 1e9:.1f} GB without activations")
+        return None
+    names = {work.name for work in programs_of(c, roles).work}
+    settings = _settings(c)
+
+    def plan(remat: str, tokens: int, programs: tuple[str, ...]) -> Plan:
+        made = make_plan(_computed(c, remat, tokens), topology, only=[name for name in programs if name in names])
+        say(f"{where}, remat {remat}, {tokens} tokens: {made.peak / 1e9:.1f} GB in {', '.join(programs)}")
+        return made
+
+    smallest = plan(*settings[-1], (*UPDATES, *OTHERS))
+    if not smallest.fits:
+        return None
+    for remat, tokens in settings:
+        made = smallest if (remat, tokens) == settings[-1] else plan(remat, tokens, UPDATES)
+        if made.fits:
+            others = [p for p in smallest.programs if p.name in OTHERS]
+            updates = [p for p in made.programs if p.name in UPDATES]
+            overrides = _overrides(c, mesh, offload, remat, tokens)
+            return Choice(overrides, dataclasses.replace(made, programs=[*others, *updates]))
+    return None
+
+
+def _settings(c: Config) -> list[tuple[str, int]]:
     """Remat and micro-batch tokens, what is fastest first: a smaller micro-batch costs less than computing again."""
     most = max(c.actor.ppo_max_token_len_per_gpu, c.row_length)
     sizes = sorted({most, max(c.row_length, most // 4), c.row_length}, reverse=True)
-    return ((remat, tokens) for remat in REMATS for tokens in sizes)
+    return [(remat, tokens) for remat in REMATS for tokens in sizes]
+
+
+def _computed(c: Config, remat: str, tokens: int) -> Config:
+    return dataclasses.replace(
+        c,
+        model=dataclasses.replace(c.model, remat=remat),
+        actor=dataclasses.replace(c.actor, ppo_max_token_len_per_gpu=tokens),
+        critic=dataclasses.replace(c.critic, ppo_max_token_len_per_gpu=tokens),
+    )
+
+
+def _offloaded(c: Config, offload: tuple[str, ...]) -> Config:
+    return dataclasses.replace(
+        c,
+        actor=dataclasses.replace(c.actor, offload=offload),
+        critic=dataclasses.replace(c.critic, offload=offload),
+        ref=dataclasses.replace(c.ref, offload=tuple(what for what in offload if what == "params")),
+    )
+
+
+def _overrides(c: Config, mesh: dict[str, int], offload: tuple[str, ...], remat: str, tokens: int) -> tuple[str, ...]:
+    given = [f"mesh.{axis}={size}" for axis, size in mesh.items()] + [f"model.remat={remat}"]
+    given += [f"{role}.ppo_max_token_len_per_gpu={tokens}" for role in ("actor", "critic")]
+    if offload:
+        given += [f"{role}.offload=[{','.join(offload)}]" for role in ("actor", "critic")]
+    if "params" in offload and c.needs_ref:
+        given.append("ref.offload=[params]")
+    return tuple(given)
 
 
 def sweep_table(found: list[Choice]) -> str:
+    """One line a choice, the fastest first; seconds are of the updates and of generation."""
     if not found:
         return "nothing fits: take more devices, adapters (model.lora_rank) or a smaller rollout.max_num_seqs"
     lines = ["step, s: at best  one by one  peak GB  settings"]
