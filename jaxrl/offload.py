@@ -29,11 +29,17 @@ def to_host(x: jax.Array) -> jax.Array:
 
 
 def waiting(abstract: Tree) -> Tree:
-    """The same shapes and shardings in host memory. Scalars stay: a program branches on them."""
+    """The same shapes and shardings, in host memory what `waits`."""
 
-    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if not x.ndim:
+    def one(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if not waits(path, x):
             return x
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(HOST_KIND))
 
-    return jax.tree.map(one, abstract)
+    return jax.tree.map_with_path(one, abstract)
+
+
+def waits(path: tuple, x: Any) -> bool:
+    """Whether an array of a tree is worth moving: not scales and biases [L, D], which a TPU cannot slice by layer."""
+    stacked = any(getattr(entry, "key", None) == "layers" for entry in path)
+    return x.ndim > (2 if stacked else 1)

@@ -116,9 +116,8 @@ def abstract_state(optimizer: Optimizer, params: Tree, *, on_host: bool = False)
     """
     state = jax.eval_shape(optimizer.init, params)
     shardings = jax.tree.map(lambda p: p.sharding, params)
+    shardings = jax.tree.map(lambda s: s.with_memory_kind("device") if s.memory_kind == HOST_KIND else s, shardings)
     first = jax.tree.leaves(shardings)[0]
-    if first.memory_kind == HOST_KIND:
-        shardings = jax.tree.map(lambda s: s.with_memory_kind("device"), shardings)
     everywhere = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
 
     def place(leaf: Tree, sharding: Sharding) -> Tree:

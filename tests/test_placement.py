@@ -10,7 +10,7 @@ import test_parallel as step
 
 from jaxrl.batch import Prompt
 from jaxrl.config import from_dict
-from jaxrl.offload import HOST_KIND, waiting
+from jaxrl.offload import HOST_KIND, waiting, waits
 from jaxrl.parallel import generation_mesh, make_mesh
 from jaxrl.roles import abstract_train_state, new_train_state
 from jaxrl.rollout.engine import Sampling
@@ -42,8 +42,8 @@ def take_step(mesh, head: str, changes: dict, offload: tuple[str, ...]):
     before = forward(state.trained, step.layout())
     state, metrics = programs.step(state, {}, step.layout(), targets, step.LR)
     for kind, tree in (("params", state.trained), ("optimizer", state.opt_state.mu)):
-        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
-        assert kinds == {HOST_KIND if kind in offload else "device"}  # and stays there
+        for path, x in jax.tree.leaves_with_path(tree):  # what was on the host is there again
+            assert x.sharding.memory_kind == (HOST_KIND if kind in offload and waits(path, x) else "device"), path
     return before, jax.device_get((state, metrics))
 
 

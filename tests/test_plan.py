@@ -266,7 +266,13 @@ def test_a_sweep_proposes_what_fits_and_offloads_only_where_it_must():
 
 def test_every_mesh_of_a_topology_is_tried_with_tensor_within_a_node():
     two_nodes = dataclasses.replace(described("cpu:4"), per_node=2)
-    assert [tuple(mesh.values()) for mesh in meshes(two_nodes)] == [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)]
+    assert [tuple(mesh.values()) for mesh in meshes(two_nodes)] == [
+        (4, 1, 1),
+        (2, 2, 1),
+        (1, 4, 1),
+        (2, 1, 2),
+        (1, 2, 2),
+    ]
 
 
 def test_a_plan_for_two_nodes_of_h100_on_a_machine_without_one():

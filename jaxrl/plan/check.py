@@ -19,7 +19,7 @@ from ..parallel import generation_mesh, partition
 from ..roles import Roles
 from ..rollout.jax_engine import BUCKET, JaxEngine, round_up
 from ..update import merge
-from .costs import bytes_of
+from .costs import bytes_of, waiting_bytes
 from .programs import offloaded_of, resident_of
 
 GB = 1e9
@@ -38,8 +38,11 @@ class Need(NamedTuple):
 
 def least_memory(c: Config, roles: Roles) -> list[Need]:
     """Of generation, and of the updates of critic and actor."""
-    waiting = offloaded_of(c, roles)
-    resident = {name: 0 if name in waiting else bytes_of(tree) for name, tree in resident_of(roles).items()}
+    offloaded = offloaded_of(c, roles)
+    resident = {
+        name: bytes_of(tree) - (waiting_bytes(tree) if name in offloaded else 0)
+        for name, tree in resident_of(roles).items()
+    }
     needs = []
     if c.rollout.engine == "jax":
         mesh = generation_mesh(roles.mesh, c.rollout.tensor_model_parallel_size)

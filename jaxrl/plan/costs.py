@@ -14,6 +14,7 @@ import jax
 
 from ..models.config import ModelConfig
 from ..models.decoder import abstract_params
+from ..offload import waits
 from .programs import Work
 
 SCORE_BYTES = 10  # of an attention score that goes through memory: float32 written and read, its weight written
@@ -83,4 +84,13 @@ def cost(work: Work, mesh_shape: dict[str, int]) -> Cost:
 
 def bytes_of(tree: Any) -> int:
     """Bytes on one device of arrays that know their sharding."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(map(_shard_bytes, jax.tree.leaves(tree)))
+
+
+def waiting_bytes(tree: Any) -> int:
+    """Of them, those in host memory where the tree is offloaded."""
+    return sum(_shard_bytes(leaf) for path, leaf in jax.tree.leaves_with_path(tree) if waits(path, leaf))
+
+
+def _shard_bytes(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

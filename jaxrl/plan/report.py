@@ -16,7 +16,7 @@ from typing import Any
 from ..config import Config
 from ..parallel import make_mesh
 from ..topology import Topology
-from .costs import bytes_of, cost
+from .costs import bytes_of, cost, waiting_bytes
 from .hlo import facts
 from .programs import Run, Work, programs_of, roles_of
 
@@ -103,8 +103,8 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     """
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices=topology.devices)
     run = programs_of(c, roles_of(c, mesh))
-    device = {name: 0 if name in run.offloaded else bytes_of(tree) for name, tree in run.resident.items()}
-    host = {name: bytes_of(tree) - device[name] for name, tree in run.resident.items()}
+    host = {name: waiting_bytes(tree) if name in run.offloaded else 0 for name, tree in run.resident.items()}
+    device = {name: bytes_of(tree) - host[name] for name, tree in run.resident.items()}
     plan = Plan(topology.name, topology.hardware.name, topology.hardware.memory, dict(mesh.shape), device, host)
     names = [work.name for work in run.work]
     if unknown := set(only or ()) - set(names):
@@ -159,7 +159,7 @@ def _waiting(work: Work, run: Run) -> tuple[int, int]:
     what is streamed by layers needs room for two of them, weights that are trained or published come whole.
     """
     names = [name for name in work.uses if name in run.offloaded]
-    sizes = {name: bytes_of(run.resident[name]) for name in names}
+    sizes = {name: waiting_bytes(run.resident[name]) for name in names}
     streamed = {name for name in names if "optimizer" in name or work.kind == "forward" or name == "base"}
     at_once = {name: 2 * size // work.model.num_layers if name in streamed else size for name, size in sizes.items()}
     return sum(sizes.values()), sum(at_once.values())
