@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 Tree = Any
 Space = jax.memory.Space
@@ -26,6 +28,18 @@ def to_device(tree: Tree) -> Tree:
 
 def to_host(x: jax.Array) -> jax.Array:
     return jax.device_put(x, Space.Host)
+
+
+def fetched(x: jax.Array, place: tuple[int, ...]) -> jax.Array:
+    """Outside of programs: x[place] on the device, also of an array in host memory. `place` begins with the layer."""
+    if x.sharding.memory_kind != HOST_KIND:
+        return x[place]
+    assert isinstance(x.sharding, NamedSharding)
+    layer = place[:1]  # of a dimension that no mesh axis splits
+    parts = [jax.device_put(np.asarray(shard.data)[layer], shard.device) for shard in x.addressable_shards]
+    sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[len(layer) :]))
+    whole = jax.make_array_from_single_device_arrays(x.shape[len(layer) :], sharding, parts)
+    return whole[place[1:]]
 
 
 def waiting(abstract: Tree) -> Tree:

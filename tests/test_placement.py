@@ -15,6 +15,7 @@ from jaxrl.parallel import generation_mesh, make_mesh
 from jaxrl.roles import abstract_train_state, new_train_state
 from jaxrl.rollout.engine import Sampling
 from jaxrl.rollout.jax_engine import JaxEngine
+from jaxrl.weights.export import hf_tensors
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 PLACEMENTS = {  # what of the model's config changes, and what waits in host memory
@@ -47,9 +48,12 @@ def take_step(mesh, head: str, changes: dict, offload: tuple[str, ...]):
     return before, jax.device_get((state, metrics))
 
 
-# Every placement on the mesh that splits all three ways, the actor and the critic; and each mesh with one placement.
-CASES = [(shape, placement, head) for shape in MESHES[3:] for placement in PLACEMENTS for head in ("lm", "score")]
-CASES += [(shape, "all on the host", "lm") for shape in MESHES[:3]] + [(MESHES[2], "tokens split in attention", "lm")]
+# Every placement on every mesh, the actor and the critic in turn.
+CASES = [
+    (shape, placement, ("lm", "score")[(i + j) % 2])
+    for i, shape in enumerate(MESHES)
+    for j, placement in enumerate(PLACEMENTS)
+]
 
 
 @pytest.mark.parametrize("shape, placement, head", CASES)
@@ -65,6 +69,21 @@ def test_a_step_with_any_placement_is_the_step_of_one_device(shape, placement, h
     moments = jax.tree.map(lambda m: m / 0.1, state.opt_state.mu["params"])
     step.assert_trees_close(moments, expected.gradient, rtol=1e-4, atol=1e-6)
     step.assert_trees_close(state.trained["params"], expected.stepped, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_in_host_memory_are_exported_and_given_to_the_engine_as_from_the_device():
+    mesh = make_mesh(2, 2, 2)
+    here = step.load(mesh, "lm")
+    abstract = waiting(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), here))
+    there = jax.device_put(here, jax.tree.map(lambda x: x.sharding, abstract))
+    model = step.model("lm")
+    for (name, tensor), (_, expected) in zip(hf_tensors(there, model), hf_tensors(here, model), strict=True):
+        np.testing.assert_array_equal(tensor, expected, err_msg=name)
+    engine = JaxEngine(model, mesh)
+    engine.update_weights({"params": there}, 0)
+    weights = engine.weights
+    engine.update_weights({"params": here}, 1)
+    step.assert_trees_close(weights, engine.weights, rtol=0, atol=0)
 
 
 # Generation in another layout than training.

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..models.config import ModelConfig
 from ..models.nf4 import dequantize
+from ..offload import fetched
 from ..parallel import fetch
 from .bnb import dequantized
 from .folder import refuse_existing
@@ -47,7 +48,8 @@ def hf_tensors(
 
     def piece(row: Row, place: tuple[int, ...]) -> np.ndarray:
         module = row.ours.removesuffix(".kernel")
-        array = _numbers(codes, row, place[0], config) if is_packed(row, config) else leaves[row.ours][place]
+        packed_here = is_packed(row, config)
+        array = _numbers(codes, row, place[0], config) if packed_here else fetched(leaves[row.ours], place)
         if f"{module}.a" in adapters:
             a, b = (adapters[f"{module}.{part}"][place] for part in "ab")
             array = array + config.lora_scale * jnp.tensordot(a, b, axes=1, precision="highest")
