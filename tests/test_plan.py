@@ -172,7 +172,10 @@ def test_a_collective_counts_as_often_as_its_loops_run_and_by_what_a_ring_sends(
     axes = {kind: c.axes(mesh) for kind, c in found.items()}
     assert axes["all-gather"] == ("tensor",) and axes["all-reduce"] == ("data", "fsdp")
     assert axes["reduce-scatter"] == ("fsdp", "tensor") and axes["collective-permute"] == ("data",)
-    assert not found["all-gather"].crosses(2) and found["all-reduce"].crosses(4) and not found["all-reduce"].crosses(8)
+    assert found["all-gather"].bytes_between_nodes(2) == 0
+    reduce = found["all-reduce"]  # groups 0 2 4 6 and 1 3 5 7: on nodes of four, two members share the way out
+    assert reduce.bytes_between_nodes(8) == 0 and reduce.bytes_between_nodes(4) == reduce.bytes / 2
+    assert reduce.bytes_between_nodes(2) == reduce.bytes
     assert facts(PROGRAM, 8).largest == "f32[8,8]"
 
 

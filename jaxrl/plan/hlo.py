@@ -47,9 +47,19 @@ class Collective:
         varies = (coordinates != coordinates[:, :, :1]).any(axis=(0, 2))
         return tuple(name for name, along in zip(mesh_shape, varies, strict=True) if along)
 
-    def crosses(self, per_node: int) -> bool:
-        """Whether a group has members on more than one node, of `per_node` partitions each."""
-        return any(len({member // per_node for member in group}) > 1 for group in self.groups)
+    def bytes_between_nodes(self, per_node: int) -> float:
+        """Of `bytes`, a device's share of what leaves its node of `per_node` partitions.
+
+        A ring over several nodes enters and leaves each once; the members in a node carry that together, as the rings
+        of a collective library do.
+        """
+        nodes = [[member // per_node for member in group] for group in self.groups]
+        if all(len(set(group)) == 1 for group in nodes):
+            return 0.0
+        size, together = len(nodes[0]), max(group.count(node) for group in nodes for node in group)
+        if self.kind == "all-to-all":
+            return self.bytes * (size - together) / (size - 1)
+        return self.bytes if self.kind == "collective-permute" else self.bytes / together
 
     def _rectangular(self) -> list[tuple[int, ...]]:
         size = max(map(len, self.groups))

@@ -130,7 +130,7 @@ def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology)
     for collective in found.collectives:
         sent = collective.bytes * collective.times * work.calls
         traffic[f"{collective.kind} {'+'.join(collective.axes(mesh_shape)) or 'none'}"] += sent
-        between += sent if collective.crosses(topology.per_node) else 0.0
+        between += collective.bytes_between_nodes(topology.per_node) * collective.times * work.calls
     flops, memory_bytes = (work.calls * x for x in cost(work, mesh_shape))
     if work.kind == "move":
         memory_bytes = float(work.calls * (memory.argument_size_in_bytes + memory.output_size_in_bytes))
