@@ -55,5 +55,9 @@ def waiting(abstract: Tree) -> Tree:
 
 def waits(path: tuple, x: Any) -> bool:
     """Whether an array of a tree is worth moving: not scales and biases [L, D], which a TPU cannot slice by layer."""
-    stacked = any(getattr(entry, "key", None) == "layers" for entry in path)
-    return x.ndim > (2 if stacked else 1)
+    return x.ndim > (2 if by_layer(path) else 1)
+
+
+def by_layer(path: tuple) -> bool:
+    """Whether the array at a path of a tree of weights is [L, ...]: in `layers`, or in a run of them (`layers_0`)."""
+    return any(str(getattr(entry, "key", "")).startswith("layers") for entry in path)

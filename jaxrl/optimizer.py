@@ -16,7 +16,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float
 
-from .offload import HOST_KIND, lies_on_host, to_device, to_host, waiting
+from .offload import HOST_KIND, by_layer, lies_on_host, to_device, to_host, waiting
 
 Tree = Any
 
@@ -94,8 +94,7 @@ def make_optimizer(
         def of_leaf(path: tuple, *arrays: Array) -> tuple[Array, Array, Array]:
             if not lies_on_host(arrays[2]):
                 return step(*arrays)
-            stacked = any(str(getattr(entry, "key", "")).startswith("layers") for entry in path)
-            return _layer_by_layer(step, *arrays) if stacked else _whole(step, *arrays)
+            return _layer_by_layer(step, *arrays) if by_layer(path) else _whole(step, *arrays)
 
         leaves, treedef = jax.tree.flatten(grads)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), num_updates), len(leaves))
