@@ -1,6 +1,8 @@
 """Gradients summed over the mesh axis `data` in fewer bytes: that axis may be the slow one, between hosts.
 
-What the other axes sum stays in float32. `update.py` hands over the gradient of each replica and gets back their sum.
+They are added up over all micro-batches first and travel once an update, where the compiler would send every
+micro-batch's. What the other axes sum stays in float32. `update.py` hands over the gradient of each replica and gets
+back their sum.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ def sum_over_replicas(
 ) -> tuple[Tree, Tree]:
     """The sum of `grads` [data, ...] over replicas, and what was not sent.
 
-    `specs` are the partition specs of the parameters. `bf16` and `fp16` send halves of numbers and add them in float32.
+    `specs` are the partition specs of the parameters. `fp32` sends numbers as they are; `bf16` and `fp16` send halves
+    of them and add in float32.
     `topk` sends of each device's part the share `kept` that is largest, and keeps the rest in `residual`
     [data, ...] for the next time (error feedback, arXiv:1809.07599); the others have no residual.
     """
@@ -29,7 +32,9 @@ def sum_over_replicas(
 
     def local(grads: Tree, residual: Tree) -> tuple[Tree, Tree]:
         flat, treedef = jax.tree.flatten(grads)
-        if method != "topk":
+        if method == "fp32":
+            return treedef.unflatten([jax.lax.psum(g[0], "data") for g in flat]), residual
+        if method in HALVES:
             return treedef.unflatten([_halved(method, g[0]) for g in flat]), residual
         pairs = [_largest(g[0] + r[0], kept) for g, r in zip(flat, treedef.flatten_up_to(residual), strict=True)]
         return treedef.unflatten([g for g, _ in pairs]), treedef.unflatten([r[None] for _, r in pairs])
@@ -89,4 +94,3 @@ def _largest(g: Float[Array, "..."], kept: float) -> tuple[Float[Array, "..."], 
 
 
 HALVES = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
-METHODS = ("none", *HALVES, "topk")

@@ -36,8 +36,11 @@ def whole():
     return train("none", 5)
 
 
-# Rounding to 8 and 11 bits moves a loss of 0.4 by so much in five steps; topk sends a tenth and comes close to it later.
-@pytest.mark.parametrize("method, share, atol", [("bf16", 0.5, 1e-4), ("fp16", 0.5, 1e-5), ("topk", 0.5, 0.03)])
+# In float32 nothing is lost. Rounding to 8 and 11 bits moves a loss of 0.4 by so much in five steps; topk sends a tenth
+# and comes close to it later.
+@pytest.mark.parametrize(
+    "method, share, atol", [("fp32", 0.8, 1e-6), ("bf16", 0.5, 1e-4), ("fp16", 0.5, 1e-5), ("topk", 0.5, 0.03)]
+)
 def test_fewer_bytes_travel_between_replicas_and_the_loss_falls_alike(whole, method, share, atol):
     losses, state, sent = train(method, 5)
     assert sent < share * whole[2]

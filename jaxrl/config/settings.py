@@ -175,7 +175,9 @@ class Optim:
     min_lr_ratio: float = 0.0
     num_cycles: float = 0.5
     moments_dtype: str = "float32"  # or bfloat16
-    grad_compression: str = "none"  # of gradients between replicas (mesh.data): none, bf16, fp16, topk
+    grad_compression: str = (
+        "none"  # between replicas (mesh.data): none: every micro-batch; once: fp32, bf16, fp16, topk
+    )
     grad_topk: float = 0.01  # the share of a gradient that topk sends; the rest waits for the next update
 
 
