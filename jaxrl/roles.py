@@ -201,7 +201,7 @@ def actor_config(m: Model, source: Pretrained) -> ModelConfig:
     config = model_config(m, source.hf_config)
     lora = {"lora_rank": m.lora_rank, "lora_alpha": m.lora_alpha, "lora_targets": tuple(m.lora_targets)}
     if source.adapter is not None:
-        lora = lora_settings(source.adapter)
+        lora = lora_settings(source.adapter, config)
         if m.lora_rank not in (0, lora["lora_rank"]):
             raise ValueError(
                 f"model.lora_rank is {m.lora_rank}, and the adapter {source.adapter.folder} has rank "

@@ -1,5 +1,6 @@
 """The converter: every kind of source to every kind of result, verified; and everything that is wrong with a source."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -249,8 +250,9 @@ def test_critic_of_a_run_is_exported_as_token_classification_even_if_it_is_shall
 def test_adapters_of_a_run_are_merged_or_exported(tmp_path):
     adapter = open_adapter(DATA / "peft_lora" / "rslora")
     base = Path(base_path(adapter))
-    settings = lora_settings(adapter)
-    config = ModelConfig.from_hf(load_hf_config(base), **settings)
+    plain = ModelConfig.from_hf(load_hf_config(base))
+    settings = lora_settings(adapter, plain)
+    config = dataclasses.replace(plain, **settings)
     lora = load_lora(adapter, config, abstract_params(config)[0]["lora"])
     checkpoint = save_run(tmp_path / "run", {"lora": lora}, base, lora_alpha=settings["lora_alpha"])
     with pytest.raises(ValueError, match="holds adapters: ask for --merge-lora .* or for --to peft"):

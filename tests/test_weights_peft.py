@@ -1,5 +1,6 @@
 """PEFT adapters of every kind: merged they are PEFT's merged model, and in our model they compute what PEFT's do."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrl.models.config import ModelConfig
-from jaxrl.models.decoder import abstract_params, head_table, hidden_states
+from jaxrl.models.decoder import abstract_params, hidden_states, logits
 from jaxrl.parallel import make_mesh, with_shardings
 from jaxrl.weights.formats import open_checkpoint
 from jaxrl.weights.load import load_hf_config, load_params
 from jaxrl.weights.peft import base_path, merged, open_adapter
-from jaxrl.weights.peft_tree import export_peft, load_lora, lora_settings, peft_tensors
+from jaxrl.weights.peft_tree import adapter_of, export_peft, load_lora, lora_settings, peft_tensors
 from jaxrl.weights.safetensors_writer import TensorSpec, write_safetensors
 from jaxrl.weights.stored import Checkpoint
 
@@ -54,7 +55,7 @@ def logits_of(config: ModelConfig, variables, tokens) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     with jax.default_matmul_precision("highest"):
         hidden = hidden_states(config, variables, tokens, positions, jnp.ones_like(tokens), 0 * tokens)
-        return hidden @ head_table(config, variables["params"]).T
+        return logits(config, variables["params"], hidden)
 
 
 @pytest.mark.parametrize("name", LLAMA)
@@ -124,7 +125,8 @@ def trainable(name: str, mesh=(1, 2, 2), folder: Path = DATA):
     """Config, parameters and adapters of a fixture, in our model."""
     adapter = open_adapter(folder / name)
     base = Path(base_path(adapter))
-    config = ModelConfig.from_hf(load_hf_config(base), **lora_settings(adapter))
+    plain = ModelConfig.from_hf(load_hf_config(base))
+    config = dataclasses.replace(plain, **lora_settings(adapter, plain))
     abstract, axes = abstract_params(config)
     target = {part: with_shardings(make_mesh(*mesh), abstract[part], axes[part]) for part in ("params", "lora")}
     return adapter, config, load_params(base, config, target["params"]), load_lora(adapter, config, target["lora"])
@@ -192,6 +194,56 @@ def test_adapter_that_was_made_here_is_read_back_with_the_same_logits(tmp_path):
     _, again, params, read = trainable("out", folder=tmp_path)
     assert (again.lora_rank, again.lora_alpha, set(again.lora_targets)) == (3, 6.0, {"q_proj", "o_proj", "up_proj"})
     jax.tree.map(np.testing.assert_array_equal, lora, read)
+
+
+@pytest.mark.parametrize(
+    "base, names, ranks",
+    [("hf_torch/phi3", ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"], {"gate_up_proj": 6, "qkv_proj": 9}),
+     ("hf_flax/gpt2/torch", ["c_attn", "c_fc", "c_proj"], {"c_attn": 9}),
+     ("hf_torch/gpt-neox", ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"], {"query_key_value": 9})],
+)  # fmt: skip
+def test_adapters_of_matrices_that_are_one_module_of_a_family_are_blocks_of_a_larger_rank(tmp_path, base, names, ranks):
+    source = DATA.parent / base
+    hf_config = load_hf_config(source if (source / "config.json").is_file() else source.parent)
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    plain = ModelConfig.from_hf(hf_config)
+    config = dataclasses.replace(plain, lora_rank=3, lora_alpha=6.0, lora_targets=targets)
+    abstract, _ = abstract_params(config)
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda s: (0.2 * rng.normal(size=s.shape)).astype(np.float32), abstract["lora"])
+    export_peft(lora, config, tmp_path / "out", base=str(source))
+    adapter = open_adapter(tmp_path / "out")
+    settings = adapter.config.raw
+    assert (settings["target_modules"], settings["rank_pattern"]) == (names, ranks)
+    assert settings["alpha_pattern"] == {name: 2 * rank for name, rank in ranks.items()}  # the same scale
+
+    # Merged as PEFT merges it, by its file alone, it is what the model computes.
+    params = load_params(source, plain, abstract["params"])
+    checkpoint, _ = merged(open_checkpoint(source), adapter, hf_config)
+    tokens = rng.integers(1, 80, (2, 12))
+    expected = logits_of(plain, {"params": load_params(checkpoint, plain, abstract["params"])}, tokens)
+    np.testing.assert_allclose(logits_of(config, {"params": params, "lora": lora}, tokens), expected, atol=5e-5)
+
+    # And it is read back as it was, but for what is not on the diagonal.
+    again = dataclasses.replace(plain, **lora_settings(adapter, plain))
+    assert (again.lora_rank, again.lora_alpha) == (3, 6.0)
+    read = load_lora(adapter, again, abstract_params(again)[0]["lora"])
+    jax.tree.map(np.testing.assert_array_equal, lora, jax.device_get(read))
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    stored = {name: tensor + 1 if "lora_B" in name else tensor for name, tensor in load_file(path).items()}
+    save_file(stored, path)
+    with pytest.raises(ValueError, match="has one matrix A for all of .*it can be merged"):
+        load_lora(open_adapter(tmp_path / "out"), again, abstract_params(again)[0]["lora"])
+
+
+def test_an_adapter_names_no_more_modules_than_it_has_where_a_family_calls_two_of_them_alike():
+    config = ModelConfig.from_hf(load_hf_config(DATA / "base-gpt2"), lora_rank=2, lora_targets=("o_proj",))
+    adapter = adapter_of(abstract_zeros(config), config, "base", Path("unused"))
+    assert adapter.config.raw["target_modules"] == ["attn.c_proj"]
+
+
+def abstract_zeros(config: ModelConfig):
+    return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), abstract_params(config)[0]["lora"])
 
 
 def test_tied_base_is_told_apart_where_the_adapter_changes_one_of_the_two_tables(copy):
@@ -307,11 +359,13 @@ def test_adapter_of_another_model_is_refused():
 @pytest.mark.parametrize(
     "name, what",
     [("dora", "DoRA's magnitudes"), ("embedding", "an adapted embedding"), ("modules_to_save", "a tensor in full"),
-     ("gpt2_lora_bias", "a bias of the adapter"), ("gpt2_bias_lora_only", "a tensor in full")],
+     ("gpt2_lora_bias", "a bias of the adapter"), ("gpt2_bias_lora_only", "a tensor in full"),
+     ("gpt2_fan_in_fan_out", r"one matrix A of rank 4 for the 3 matrices that transformer\.h\.0\.attn\.c_attn is")],
 )  # fmt: skip
 def test_what_cannot_be_trained_here_says_so_and_how_to_merge_it(name, what):
     with pytest.raises(ValueError, match=rf"{what}.*can be merged but not trained here: .*--merge-lora"):
-        lora_settings(open_adapter(DATA / name))
+        adapter = open_adapter(DATA / name)
+        lora_settings(adapter, ModelConfig.from_hf(load_hf_config(base_path(adapter))))
 
 
 def test_folder_without_an_adapter_says_what_is_missing(tmp_path):

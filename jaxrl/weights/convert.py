@@ -102,7 +102,7 @@ def name_map(source: str, *, to: str = "hf", options: Options | None = None, dty
         dtypes = _dtypes(stored.dtype, specs[tensor.name].dtype.name)
         for row, place in tensor.parts:
             ours = row.ours + "".join(f"[{at}]" for at in place)
-            part = f", part {row.part.start} of {row.part.size} along {row.part.letter}" if row.part else ""
+            part = "".join(f", {letter} from {start} of {size}" for letter, start, size in row.parts)
             yield (
                 f"{ours}  <-  {tensor.name}  {list(stored.shape)}  {dtypes}  in {stored.file}  ({row.pattern}{part})"
             )

@@ -53,7 +53,7 @@ class Row:
     hf: str
     pattern: str
     layers: range = range(0)
-    part: Part | None = None
+    parts: tuple[Part, ...] = ()  # empty: ours is all of the tensor
 
     @property
     def stacked(self) -> bool:
@@ -119,10 +119,10 @@ class Row:
         left, right = self.pattern.split("->")
         ranges = zip(self.letters, index, strict=True)
         cuts = tuple(cut if letter in inner else slice(None) for letter, cut in ranges)
-        if self.part is None or self.part.letter in self.letters:
-            return rearrange(piece, self.pattern, **inner)[cuts]
-        whole = rearrange(piece, f"{left} -> {self.part.letter} {right}", **inner)
-        return whole[self.part.start if self.part.letter in inner else 0][cuts]
+        for letter, start, _ in self._chosen:
+            whole = rearrange(piece, f"{left} -> {letter} {right}", **inner)
+            return whole[start if letter in inner else 0][cuts]
+        return rearrange(piece, self.pattern, **inner)[cuts]
 
     def fill(self, tensor: np.ndarray, array: np.ndarray) -> None:
         """Write ours, at one place, into its part of the Hugging Face tensor."""
@@ -132,27 +132,29 @@ class Row:
         flat = " ".join(letter for group in self.groups for letter in group)
         unmerged = tensor.reshape([sizes[letter] for group in self.groups for letter in group])
         assert np.shares_memory(unmerged, tensor), "a new tensor is contiguous"
-        if self.part is None:
-            unmerged[...] = rearrange(array, f"{right} -> {flat}")
-            return
-        letter, start, _ = self.part
-        if letter not in self.letters:
+        for letter, _, _ in self._chosen:
             array, right = array[None], f"{letter} {right}"
         array = rearrange(array, f"{right} -> {flat}")
-        cut = slice(start, start + array.shape[flat.split().index(letter)])
-        unmerged[tuple(cut if axis == letter else slice(None) for axis in flat.split())] = array
+        starts = {letter: start for letter, start, _ in self.parts}
+        cuts = ((starts.get(axis, 0), size) for axis, size in zip(flat.split(), array.shape, strict=True))
+        unmerged[tuple(slice(start, start + size) for start, size in cuts)] = array
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """Ours, at one place -> the Hugging Face tensor, of which it is the whole."""
-        assert self.part is None, f"{self.ours} is a part of {self.hf}"
+        assert not self.parts, f"{self.ours} is a part of {self.hf}"
         left, right = self.pattern.split("->")
         return rearrange(array, f"{right} -> {left}")
 
+    @property
+    def _chosen(self) -> list[Part]:
+        """The part, at most one, of an axis that ours has not."""
+        return [part for part in self.parts if part.letter not in self.letters]
+
     def _hf_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        return {**sizes, self.part.letter: self.part.size} if self.part else dict(sizes)
+        return {**sizes, **{part.letter: part.size for part in self.parts}}
 
     def _range(self, letter: str, ranges: Mapping[str, slice], sizes: Mapping[str, int]) -> tuple[int, int]:
-        offset = self.part.start if self.part and self.part.letter == letter else 0
+        offset = next((part.start for part in self.parts if part.letter == letter), 0)
         if letter not in ranges:
             return offset, offset + 1
         # The axis of a part has another length here than in ours, and a cut of ours has both ends.
@@ -171,9 +173,9 @@ class HfTensor:
     def of(self, pieces: list[np.ndarray]) -> np.ndarray:
         """The tensor, from the pieces of ours in the order of `parts`."""
         row = self.parts[0][0]
-        if row.part is None:
+        if not row.parts:
             return row.to_hf(pieces[0])
-        tensor = np.empty(self.shape, pieces[0].dtype)
+        tensor = np.zeros(self.shape, pieces[0].dtype)
         for (row, _), piece in zip(self.parts, pieces, strict=True):
             row.fill(tensor, piece)
         return tensor
@@ -296,7 +298,7 @@ def _layer_rows(config: ModelConfig, names: FamilyNames, run: Run) -> list[Row]:
         *_norm(names, "mlp_output_norm", "d", has_bias, output),
     ]
     return [
-        Row(f"{run.name}.{ours}", f"{names.of('layers')}.{hf}", pattern, run.layers, part)
+        Row(f"{run.name}.{ours}", f"{names.of('layers')}.{hf}", pattern, run.layers, (part,) if part else ())
         for ours, hf, pattern, part in table
     ]
 

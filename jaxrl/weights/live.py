@@ -70,9 +70,9 @@ def from_hf(
     """
     opened = open_model(source, adapter)
     head, settings = which_head(opened.checkpoint, opened.hf_config, Options())
-    if opened.adapter is not None:
-        settings |= lora_settings(opened.adapter)
     config = ModelConfig.from_hf(opened.hf_config, **settings)
+    if opened.adapter is not None:
+        config = replace(config, **lora_settings(opened.adapter, config))
     if head == "lm":
         config = replace(config, packed=packed_kernels(opened.checkpoint, config))
     shapes, axes = abstract_params(config, head)

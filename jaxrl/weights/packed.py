@@ -81,7 +81,7 @@ def _way(packed: Packed) -> PackedKernels:
 
 def _fits(row: Row, packed: Packed, config: ModelConfig) -> bool:
     """Whether a kernel can be read packed: a matrix [out, in] of its own, a whole number of bytes a row."""
-    if row.stack != "l" or row.part or len(row.groups) != 2 or row.letters != [*row.groups[1], *row.groups[0]]:
+    if row.stack != "l" or row.parts or len(row.groups) != 2 or row.letters != [*row.groups[1], *row.groups[0]]:
         return False
     last = axis_sizes(config)[row.groups[1][-1]]  # two numbers of this axis share a byte
     return packed.shape == row.hf_shape(axis_sizes(config)) and last % 2 == 0

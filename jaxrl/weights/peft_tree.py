@@ -3,6 +3,9 @@
 The rows of adapters follow from those of the kernels they adapt (`hf_names.py`): `a` [in.., r] and `b` [r, out..]
 beside a kernel [in.., out..]. The model has one rank and one scale. A module of a smaller rank is filled up with zeros,
 which training leaves zero, and another scale is taken into its `b`; export takes both back.
+
+Where the module of a family is several of our matrices (Phi-3's `qkv_proj`), each of these has an adapter of its own, and
+PEFT's has the sum of their ranks: A is theirs one below the other, and B has a block for each and zeros elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import numpy as np
 from ..models.config import ModelConfig
 from ..parallel import fetch
 from .folder import new_folder, refuse_existing, write_json
-from .hf_names import HfTensor, Row, axis_sizes, flatten, rows, tensors_of, unflatten
+from .hf_names import HfTensor, Part, Row, axis_sizes, flatten, rows, tensors_of, unflatten
 from .load import load_array
 from .peft import PREFIX, Adapter, adapter_from
 from .peft_config import CONFIG_FILE, AdapterConfig
@@ -30,8 +33,8 @@ from .write import Manifest
 Tree = dict[str, Any]
 
 
-def lora_settings(adapter: Adapter) -> dict[str, Any]:
-    """`lora_rank`, `lora_alpha` and `lora_targets` of the `ModelConfig` that can hold an adapter.
+def lora_settings(adapter: Adapter, config: ModelConfig) -> dict[str, Any]:
+    """`lora_rank`, `lora_alpha` and `lora_targets` with which a model, `config` without them, can hold an adapter.
 
     Raises ValueError for what "lora" has no place for: it can be merged.
     """
@@ -51,20 +54,29 @@ def lora_settings(adapter: Adapter) -> dict[str, Any]:
             raise refuse(f"a bias of the adapter ({module})")
     if adapter.replaced:
         raise refuse(f"a tensor in full ({min(adapter.replaced)}; modules_to_save or bias)")
-    rank = max(lora.rank for lora in adapter.modules.values())
-    targets = sorted({module.rpartition(".")[2] for module in adapter.modules})
+    made_of = _modules(config)
+    counts = {module: len(made_of.get(module, [module])) for module in adapter.modules}
+    rank = max(lora.rank // counts[module] for module, lora in adapter.modules.items())
+    for module, lora in adapter.modules.items():
+        if counts[module] > 1 and lora.rank != counts[module] * rank:
+            raise refuse(f"one matrix A of rank {lora.rank} for the {counts[module]} matrices that {module} is here")
+    targets = sorted({name for module in adapter.modules for name in made_of.get(module, [])})
     return {"lora_rank": rank, "lora_alpha": _common_scale(adapter) * rank, "lora_targets": tuple(targets)}
 
 
 def lora_rows(config: ModelConfig) -> list[Row]:
     """The rows of all adapters of a model, `a` and `b` of every kernel that `lora_targets` names."""
-    table = []
-    for row in _adapted(config):
+    table, adapted = [], _adapted(config)
+    for row in adapted:
         outputs, inputs = row.groups[::-1] if _is_conv1d(row) else row.groups
         ours, name = row.ours.removesuffix(".kernel"), PREFIX + row.hf.removesuffix(".weight")
-        a, b = f"r {_merged(inputs)} -> {' '.join(inputs)} r", f"{_merged(outputs)} r -> r {' '.join(outputs)}"
-        table.append(Row(f"{ours}.a", f"{name}.lora_A.weight", a, row.layers))
-        table.append(Row(f"{ours}.b", f"{name}.lora_B.weight", b, row.layers))
+        a = f"r {_merged(inputs)} -> {' '.join(inputs)} r"
+        b = f"{_merged(outputs)} r -> r {' '.join(letter for letter in outputs if letter in row.letters)}"
+        together = [other for other in adapted if (other.hf, other.layers) == (row.hf, row.layers)]
+        rank = config.lora_rank
+        block = (Part("r", together.index(row) * rank, len(together) * rank),) if row.parts else ()
+        table.append(Row(f"{ours}.a", f"{name}.lora_A.weight", a, row.layers, block))
+        table.append(Row(f"{ours}.b", f"{name}.lora_B.weight", b, row.layers, (*row.parts, *block)))
     return table
 
 
@@ -78,13 +90,14 @@ def load_lora(adapter: Adapter, config: ModelConfig, abstract_lora: Tree) -> Tre
 
     Modules and layers that are not adapted get zeros, under which the model computes what it does without them.
     """
-    needed = lora_settings(adapter)
+    needed = lora_settings(adapter, config)
     assert needed["lora_rank"] <= config.lora_rank, "the model's rank is too small for the adapter"
     table, sizes = lora_rows(config), {**axis_sizes(config), "r": config.lora_rank}
     known = {_module(name) for row in table for name in row.hf_names(sizes)}
     lost = [module for module in adapter.modules if module not in known]
     if lost:
         raise ValueError(f"{adapter.folder} adapts {lost[0]}, which this model (family {config.family}) does not adapt")
+    _check_blocks(adapter, config)
     checkpoint = _filled_up(adapter, config, table, sizes)
     wanted = dict(flatten(abstract_lora))
     assert wanted.keys() == {row.ours for row in table}, wanted.keys() ^ {row.ours for row in table}
@@ -168,6 +181,35 @@ def write_adapter_config(folder: Path, config: ModelConfig, base: str) -> None:
     write_json(folder / CONFIG_FILE, _fresh_config(config, base))
 
 
+def _modules(config: ModelConfig) -> dict[str, list[str]]:
+    """What every product of the model is called in PEFT, and the names of ours that it is made of."""
+    made_of: dict[str, list[str]] = {}
+    sizes = axis_sizes(config)
+    for row in rows(config):
+        if row.stack == "l" and row.ours.endswith(".kernel"):
+            for name in row.hf_names(sizes):
+                made_of.setdefault(name.removesuffix(".weight"), []).append(row.ours.split(".")[-2])
+    return made_of
+
+
+def _check_blocks(adapter: Adapter, config: ModelConfig) -> None:
+    """Of modules that are several of our matrices, B has nothing outside of their blocks."""
+    for tensor in lora_tensors(config):
+        theirs = adapter.modules.get(_module(tensor.name))
+        if theirs is None or len(tensor.parts) == 1 or ".lora_B." not in tensor.name:
+            continue
+        b = adapter.checkpoint.read(theirs.b)
+        pieces, sizes = [], {**axis_sizes(config), "r": config.lora_rank}
+        for row, _ in tensor.parts:
+            whole = tuple(slice(0, size) for size in row.our_shape(sizes)[1:])
+            pieces.append(row.to_ours(b[row.hf_index(whole, sizes)], whole, sizes))
+        if not np.array_equal(tensor.of(pieces), b):
+            raise ValueError(
+                f"{adapter.folder} has one matrix A for all of {_module(tensor.name)}, which is several matrices here: "
+                f"it can be merged, `python scripts/convert_checkpoint.py {adapter.folder} OUT --merge-lora`"
+            )
+
+
 def _adapted(config: ModelConfig) -> list[Row]:
     """The rows of the kernels that have adapters."""
     kernels = [row for row in rows(config) if row.ours.endswith(".kernel")]
@@ -176,7 +218,7 @@ def _adapted(config: ModelConfig) -> list[Row]:
 
 def _is_conv1d(row: Row) -> bool:
     """Whether the Hugging Face matrix is [in, out], as ours is, and not [out, in]."""
-    first, second = row.groups
+    first, second = ([letter for letter in group if letter in row.letters] for group in row.groups)
     return row.letters == [*first, *second]
 
 
@@ -252,7 +294,8 @@ def _taken_back(tensor: np.ndarray, name: str, like: Adapter, config: ModelConfi
 def _fresh_config(config: ModelConfig, base: str) -> dict[str, Any]:
     """The settings that PEFT and vLLM need, of an adapter that was made here."""
     adapted = _adapted(config)
-    alpha = config.lora_alpha
+    names = {_suffix(config, row): sum(other.hf == row.hf for other in adapted) if row.parts else 1 for row in adapted}
+    alpha = int(config.lora_alpha) if math.floor(config.lora_alpha) == config.lora_alpha else config.lora_alpha
     return {
         "auto_mapping": None,
         "base_model_name_or_path": base,
@@ -262,16 +305,23 @@ def _fresh_config(config: ModelConfig, base: str) -> dict[str, Any]:
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": int(alpha) if math.floor(alpha) == alpha else alpha,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": config.lora_rank,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": {name: count * config.lora_rank for name, count in names.items() if count > 1},
+        "alpha_pattern": {name: count * alpha for name, count in names.items() if count > 1},
         "revision": None,
-        "target_modules": sorted({row.hf.split(".")[-2] for row in adapted}),
+        "target_modules": sorted(names),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _suffix(config: ModelConfig, row: Row) -> str:
+    """The end of a module's name that no module has which is not adapted: GPT-2 calls two of them `c_proj`."""
+    *_, parent, module, _ = row.hf.split(".")
+    others = {other.hf for other in rows(config) if other.ours.endswith(".kernel")} - {r.hf for r in _adapted(config)}
+    return f"{parent}.{module}" if any(other.endswith(f".{module}.weight") for other in others) else module
