@@ -1,4 +1,7 @@
-"""What each family calls the modules of its models, where Llama calls them otherwise; `hf_names.py` makes rows of it."""
+"""What each family calls the modules of its models, where Llama calls them otherwise; `hf_names.py` makes rows of it.
+
+A family that is not here has Llama's names.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,6 @@ class FamilyNames(NamedTuple):
     of the next) or by `heads` (query, key and value of one head, then of the next).
     """
 
-    classes: str  # how its classes begin: LlamaForCausalLM, LlamaForTokenClassification ...
     renamed: Mapping[str, str] = {}
     fused: Mapping[str, str] = {}
     conv1d: bool = False  # matrices are stored [in, out]
@@ -53,13 +55,7 @@ _TRANSFORMER = {
 _PHI3_FUSED = dict.fromkeys(_QKV, "self_attn.qkv_proj") | dict.fromkeys(_GATE_UP, "mlp.gate_up_proj")
 
 FAMILY_NAMES = {
-    "llama": FamilyNames("Llama"),
-    "mistral": FamilyNames("Mistral"),
-    "qwen2": FamilyNames("Qwen2"),
-    "qwen3": FamilyNames("Qwen3"),
-    "qwen3_moe": FamilyNames("Qwen3Moe"),
     "mixtral": FamilyNames(
-        "Mixtral",
         {
             "mlp.router": "block_sparse_moe.gate",
             "mlp.expert_gate": "block_sparse_moe.experts.{}.w1",
@@ -67,15 +63,12 @@ FAMILY_NAMES = {
             "mlp.expert_down": "block_sparse_moe.experts.{}.w2",
         },
     ),
-    "gemma": FamilyNames("Gemma"),
-    "gemma2": FamilyNames("Gemma2", _SANDWICH),
-    "gemma3_text": FamilyNames("Gemma3", _SANDWICH),
-    "phi3": FamilyNames("Phi3", _PHI3_FUSED, dict.fromkeys(_PHI3_FUSED, "rows")),
-    "smollm3": FamilyNames("SmolLM3"),
-    "olmo2": FamilyNames("Olmo2", _OLMO),
-    "olmo3": FamilyNames("Olmo3", _OLMO),
+    "gemma2": FamilyNames(_SANDWICH),
+    "gemma3_text": FamilyNames(_SANDWICH),
+    "phi3": FamilyNames(_PHI3_FUSED, dict.fromkeys(_PHI3_FUSED, "rows")),
+    "olmo2": FamilyNames(_OLMO),
+    "olmo3": FamilyNames(_OLMO),
     "glm4": FamilyNames(
-        "Glm4",
         {
             "attention_output_norm": "post_self_attn_layernorm",
             "mlp_output_norm": "post_mlp_layernorm",
@@ -84,7 +77,6 @@ FAMILY_NAMES = {
         dict.fromkeys(_GATE_UP, "rows"),
     ),
     "gpt_oss": FamilyNames(
-        "GptOss",
         {
             "mlp.router": "mlp.router",
             "mlp.expert_gate": "mlp.experts.gate_up_proj",
@@ -92,10 +84,8 @@ FAMILY_NAMES = {
         },
         stacked_experts=True,
     ),
-    "granite": FamilyNames("Granite"),
-    "starcoder2": FamilyNames("Starcoder2", {"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}),
+    "starcoder2": FamilyNames({"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}),
     "gpt_neox": FamilyNames(
-        "GPTNeoX",
         {
             "embed_tokens": "gpt_neox.embed_in",
             "layers": "gpt_neox.layers.{}",
@@ -109,7 +99,6 @@ FAMILY_NAMES = {
         dict.fromkeys(_QKV, "heads"),
     ),
     "phi": FamilyNames(
-        "Phi",
         {
             "norm": "model.final_layernorm",
             "self_attn.o_proj": "self_attn.dense",
@@ -118,7 +107,6 @@ FAMILY_NAMES = {
         },
     ),
     "gptj": FamilyNames(
-        "GPTJ",
         {
             **_TRANSFORMER,
             **{f"self_attn.{x}_proj": f"attn.{x}_proj" for x in "qkv"},
@@ -128,7 +116,6 @@ FAMILY_NAMES = {
         },
     ),
     "gpt2": FamilyNames(
-        "GPT2",
         {
             **_TRANSFORMER,
             **dict.fromkeys(_QKV, "attn.c_attn"),
@@ -140,7 +127,6 @@ FAMILY_NAMES = {
         conv1d=True,
     ),
     "gpt_neo": FamilyNames(
-        "GPTNeo",
         {
             **_TRANSFORMER,
             **{f"self_attn.{x}_proj": f"attn.attention.{x}_proj" for x in "qkv"},
@@ -150,7 +136,6 @@ FAMILY_NAMES = {
         },
     ),
     "opt": FamilyNames(
-        "OPT",
         {
             "embed_tokens": "model.decoder.embed_tokens",
             "embed_positions": "model.decoder.embed_positions",
@@ -166,7 +151,6 @@ FAMILY_NAMES = {
         },
     ),
     "bloom": FamilyNames(
-        "Bloom",
         {
             "embed_tokens": "transformer.word_embeddings",
             "embed_norm": "transformer.word_embeddings_layernorm",

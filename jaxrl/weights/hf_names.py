@@ -19,6 +19,7 @@ import numpy as np
 from einops import rearrange
 
 from ..models.config import ModelConfig, Run
+from ..models.families import FAMILIES
 from .family_names import FAMILY_NAMES, FamilyNames
 from .stored import Index
 
@@ -28,7 +29,7 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 # `model_type` -> how its classes begin: LlamaForCausalLM, LlamaForTokenClassification ...
-CLASSES = {family: names.classes for family, names in FAMILY_NAMES.items()}
+CLASSES = {name: family.classes for name, family in FAMILIES.items()}
 
 
 class Part(NamedTuple):
@@ -203,7 +204,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 def rows(config: ModelConfig, *, head: str = "lm") -> list[Row]:
     """Every array of a model in the order of a forward pass; `head` is "lm", or "score" (critic, reward model)."""
-    names = FAMILY_NAMES[config.family]
+    names = FAMILY_NAMES.get(config.family, FamilyNames())
     table = [
         ("embed_tokens.embedding", "embed_tokens", "weight", "v w -> v w", True),
         ("embed_tokens.positions", "embed_positions", "weight", "s d -> s d", config.positions == "learned"),
