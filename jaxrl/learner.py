@@ -19,7 +19,7 @@ from .algorithms.aggregation import aggregation_weights
 from .algorithms.losses import FIXED_AGGREGATIONS
 from .batch import PolicyTargets, Prompt, Rollout, ValueTargets
 from .config import Config
-from .metrics import Timer, data_metrics
+from .metrics import Timer, data_metrics, gap_metrics
 from .packing import Layout, Sequences, max_micro_batches, pack
 from .parallel import num_row_shards
 from .prepare import Inputs, Preparation, Prepared, make_prepare
@@ -54,13 +54,14 @@ class Learner:
         sequences = Sequences.of(prompts, rollouts, c.data.max_response_length)
         everything = self._pack(sequences, range(len(rollouts)), c.actor.ppo_max_token_len_per_gpu)
         rollout_logprobs = _padded([r.logprobs for r in rollouts], sequences.mask.shape)
-        old_logprobs, ref_logprobs, values = rollout_logprobs, None, None
+        old_logprobs, log_kept, ref_logprobs, values = rollout_logprobs, None, None, None
         if not correction.bypass_mode:
             with timer("old_log_prob"):
-                old_logprobs, _ = roles.policy.logprobs(roles.actor_variables(), everything)
+                old = roles.policy.logprobs(roles.actor_variables(), everything)
+                old_logprobs, log_kept = old.sampled, old.log_kept
         if c.needs_ref:
             with timer("ref"):
-                ref_logprobs, _ = roles.policy.logprobs(roles.ref, everything)
+                ref_logprobs = roles.policy.logprobs(roles.ref, everything, (c.rollout.temperature, -1, 1.0)).logprobs
         if roles.needs_critic:
             with timer("values"):
                 layout = self._pack(sequences, range(len(rollouts)), c.critic.ppo_max_token_len_per_gpu)
@@ -70,6 +71,7 @@ class Learner:
             prepared, metrics = self.prepare(Inputs(
                 reward, sequences.group, sequences.mask, rollout_logprobs, old_logprobs, ref_logprobs, values,
                 None if baselines is None else baselines[sequences.group], np.float32(self.kl_coef),
+                log_kept,
             ))  # fmt: skip
             self.kl_coef = float(prepared.kl_coef)
             sequences = dataclasses.replace(sequences, mask=prepared.mask)
@@ -118,6 +120,9 @@ class Learner:
             outs.append(out)
             counts.append(sequences.mask[chosen].sum())
         metrics = _update_metrics("actor", outs, counts) | {"actor/lr": lr}
+        if roles.policy.loss.measure_gap:  # before the first update the policy is still the one before this step
+            first = jax.device_get(outs[0])
+            metrics |= gap_metrics(first["gap_sums"], first["gap_max"], int(counts[0]))
         if c.use_kl_loss:
             metrics["actor/kl_coef"] = c.kl_loss_coef
         return metrics

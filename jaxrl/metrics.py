@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -88,6 +89,23 @@ def throughput_metrics(
             divisor = num_response if stage == "gen" else num_tokens
             metrics[f"timing_per_token_ms/{stage}"] = seconds[stage] * 1000 / divisor
     return metrics
+
+
+def gap_metrics(sums: Mapping[str, Any], largest: Mapping[str, Any], num_tokens: int) -> dict[str, float]:
+    """What `correction.mismatch_metrics` says of probabilities, from the sums of `update._gap` over `num_tokens`."""
+    n = max(num_tokens, 1)
+    mean = {name: float(x) / n for name, x in sums.items()}
+    var = {name: max(0.0, mean[f"{name}2"] - mean[name] ** 2) for name in ("rollout", "ours", "signed", "gap")}
+    # From the variance of the difference: the covariance itself would drown in rounding where the two are close.
+    scale = 2 * math.sqrt(var["rollout"] * var["ours"])
+    return {
+        "training/rollout_probs_diff_mean": mean["gap"],
+        "training/rollout_probs_diff_max": float(largest["gap"]),
+        "training/rollout_probs_diff_std": math.sqrt(var["gap"] * n / max(n - 1, 1)),
+        "training/rollout_actor_probs_pearson_corr": (var["rollout"] + var["ours"] - var["signed"]) / scale
+        if scale
+        else 0.0,
+    }
 
 
 def turn_metrics(num_turns: Sequence[int], num_errors: int) -> dict[str, float]:

@@ -74,11 +74,12 @@ class Inputs(NamedTuple):
     group: Int[Array, "B"]
     mask: Bool[Array, "B T"]
     rollout_logprobs: Float[Array, "B T"]
-    old_logprobs: Float[Array, "B T"]
+    old_logprobs: Float[Array, "B T"]  # of the distribution that is sampled from, as the engine's are
     ref_logprobs: Float[Array, "B T"] | None
     values: Float[Array, "B T"] | None
     baselines: Float[Array, "B"] | None  # the scores of the greedy responses, for ReMax
     kl_coef: Float[Array, ""]
+    log_kept: Float[Array, "B T"] | None = None  # log of the mass that top-k and top-p keep, where they are used
 
 
 class Prepared(NamedTuple):
@@ -108,7 +109,9 @@ def _prepare(p: Preparation, x: Inputs) -> tuple[Prepared, dict[str, Any]]:
     rewards, kl_coef = place_scores(x.scores, x.mask), x.kl_coef
     if p.use_kl_in_reward:
         assert x.ref_logprobs is not None
-        kl = choose(KL_ESTIMATORS, p.kl_penalty, "algorithm.kl_penalty")(x.old_logprobs, x.ref_logprobs)
+        # Between whole distributions: two truncated ones may have no token in common.
+        whole = x.old_logprobs if x.log_kept is None else x.old_logprobs + x.log_kept
+        kl = choose(KL_ESTIMATORS, p.kl_penalty, "algorithm.kl_penalty")(whole, x.ref_logprobs)
         rewards = penalise_rewards(rewards, kl, x.mask, coef=kl_coef)
         current = mean_kl(kl, x.mask)
         metrics |= {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": kl_coef}

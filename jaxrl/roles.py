@@ -238,7 +238,8 @@ def policy_loss(c: Config) -> PolicyLoss:
         name=a.policy_loss.loss_mode, clip_low=a.clip_ratio_low, clip_high=a.clip_ratio_high, clip_c=a.clip_ratio_c,
         tau_pos=a.policy_loss.tau_pos, tau_neg=a.policy_loss.tau_neg, dro_beta=a.policy_loss.dro_beta,
         entropy_coeff=a.entropy_coeff, kl_loss_coef=a.kl_loss_coef if a.use_kl_loss else 0.0,
-        kl_loss_type=a.kl_loss_type, temperature=c.rollout.temperature,
+        kl_loss_type=a.kl_loss_type, temperature=c.rollout.temperature, top_k=c.rollout.top_k, top_p=c.rollout.top_p,
+        measure_gap=c.algorithm.rollout_correction.bypass_mode,
     )  # fmt: skip
 
 

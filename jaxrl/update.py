@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from .algorithms.choose import bind, choose
 from .algorithms.kl import KL_ESTIMATORS
@@ -26,6 +26,7 @@ from .compression import sum_over_replicas
 from .models import decoder
 from .models.config import ModelConfig
 from .models.logprobs import target_logprobs
+from .models.truncation import log_kept_mass
 from .offload import to_device
 from .optimizer import Optimizer, OptState
 from .packing import Layout
@@ -56,7 +57,36 @@ class PolicyLoss:
     entropy_coeff: float = 0.0
     kl_loss_coef: float = 0.0  # 0: no KL term in the loss
     kl_loss_type: str = "low_var_kl"
-    temperature: float = 1.0
+    temperature: float = 1.0  # how the engine samples: what is trained is the distribution that it draws from
+    top_k: int = -1
+    top_p: float = 1.0
+    measure_gap: bool = False  # between old logprobs, which are the engine's, and those of this model
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1
+
+
+class TokenLogprobs(NamedTuple):
+    """Of the targets."""
+
+    logprobs: Float[np.ndarray, "B T"]  # in the whole distribution, after temperature
+    entropy: Float[np.ndarray, "B T"]  # of that
+    log_kept: Float[np.ndarray, "B T"]  # log of its mass that top-k and top-p keep; zeros where there are none
+
+    @property
+    def sampled(self) -> Float[np.ndarray, "B T"]:
+        """In the distribution that an engine draws from."""
+        return self.logprobs - self.log_kept
+
+
+class Measured(NamedTuple):
+    """What a step measures, by name: sums over trained tokens, losses as they are, and the gap to the engine."""
+
+    sums: Tree
+    losses: Tree
+    gap_sums: Tree = {}  # noqa: RUF012 (never changed)
+    gap_max: Tree = {}  # noqa: RUF012
 
 
 class Compression(NamedTuple):
@@ -77,14 +107,21 @@ def _hidden(config: ModelConfig, variables: Tree, rows: PackedRows, head: str) -
         )
 
 
-def _logprobs(config: ModelConfig, variables: Tree, rows: PackedRows, num_slots: Array, temperature: float):
+def _logprobs(
+    config: ModelConfig, variables: Tree, rows: PackedRows, num_slots: Array, sampling: tuple, truncates: bool
+):
+    """(logprobs, entropy, log_kept) of the targets; `sampling` is (temperature, top_k, top_p)."""
+    temperature, top_k, top_p = sampling
     hidden = _hidden(config, variables, rows, "lm")
-    params = variables["params"]
+    params, targets = variables["params"], (rows.target_columns, rows.target_ids, num_slots)
+    table, bias = decoder.head_table(config, params), decoder.head_bias(config, params)
     with jax.named_scope("logprobs"):
-        return target_logprobs(
-            hidden, decoder.head_table(config, params), rows.target_columns, rows.target_ids, num_slots,
-            bias=decoder.head_bias(config, params), softcap=config.logit_softcap, temperature=temperature,
-        )  # fmt: skip
+        how = {"bias": bias, "softcap": config.logit_softcap, "temperature": temperature}
+        logprobs, entropy = target_logprobs(hidden, table, *targets, **how)
+        log_kept = jnp.zeros_like(logprobs)
+        if truncates:
+            log_kept = log_kept_mass(hidden, table, *targets, **how, top_k=top_k, top_p=top_p)
+    return logprobs, entropy, log_kept
 
 
 def _values(config: ModelConfig, variables: Tree, rows: PackedRows) -> Array:
@@ -158,8 +195,8 @@ class Programs:
     ) -> tuple[TrainState, Tree]:
         """One optimizer update on one mini-batch, in place of the old state.
 
-        The metrics are `sums` over trained tokens, `losses` as they are, and `grad_norm` before clipping; they stay on
-        the device until they are asked for.
+        The metrics are those of `Measured`, and `grad_norm` before clipping; they stay on the device until they are
+        asked for.
         """
         inputs = self.put(layout, targets)
         return self.step_program(state)(state, frozen, *inputs, put_replicated(self.mesh, np.float32(lr)))
@@ -168,20 +205,20 @@ class Programs:
         trained = to_device(state.trained)  # whole: their gradients would else be added up in host memory
         compute, residual = partial(accumulate, self._token_losses), state.residual
         if self.compression.method == "none" or self.mesh.shape["data"] == 1:
-            grads, (sums, losses) = compute(trained, frozen, rows, targets, num_slots, num_micro)
+            grads, measured = compute(trained, frozen, rows, targets, num_slots, num_micro)
         else:
             by_replica = of_each_replica(self.mesh, compute)
-            grads, (sums, losses) = by_replica(trained, frozen, rows, targets, num_slots, num_micro)
+            grads, measured = by_replica(trained, frozen, rows, targets, num_slots, num_micro)
             grads, residual = sum_over_replicas(
                 self.mesh, self.compression.method, grads, self._specs, residual, kept=self.compression.kept
             )
         assert self.optimizer is not None, "a role without an optimizer takes no steps"
         with jax.named_scope("optimizer"):
             trained, opt_state, grad_norm = self.optimizer.update(grads, state.opt_state, trained, lr)
-        return TrainState(trained, opt_state, residual), {"sums": sums, "losses": losses, "grad_norm": grad_norm}
+        return TrainState(trained, opt_state, residual), measured._asdict() | {"grad_norm": grad_norm}
 
-    def _token_losses(self, trained, frozen, rows, targets, num_slots) -> tuple[Array, tuple[Tree, Tree]]:
-        """The loss of a micro-batch, with its sums and losses by name."""
+    def _token_losses(self, trained, frozen, rows, targets, num_slots) -> tuple[Array, Measured]:
+        """The loss of a micro-batch, and what it measures."""
         raise NotImplementedError
 
 
@@ -193,37 +230,48 @@ class Policy(Programs):
     def __init__(self, mesh, config: ModelConfig, optimizer: Optimizer | None, loss: PolicyLoss):
         super().__init__(mesh, config, optimizer)
         self.loss = loss
-        self._logprobs = self.jit(self._all_logprobs)
+        self._logprobs = {truncates: self.jit(partial(self._all_logprobs, truncates)) for truncates in (False, True)}
 
-    def logprobs(self, variables: Tree, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-        """[B, T] logprobs and entropies of the targets."""
+    def logprobs(
+        self, variables: Tree, layout: Layout, sampling: tuple[float, int, float] | None = None
+    ) -> TokenLogprobs:
+        """Of the targets, sampled as `loss` says or with another (temperature, top_k, top_p)."""
+        c = self.loss
+        temperature, top_k, top_p = (c.temperature, c.top_k, c.top_p) if sampling is None else sampling
         rows, _, num_slots, num_micro = self.put(layout)
-        logprobs, entropy = fetch(self._logprobs(variables, rows, num_slots, num_micro))
-        return layout.from_slots(logprobs), layout.from_slots(entropy)
+        numbers = put_replicated(self.mesh, (np.float32(temperature), np.int32(top_k), np.float32(top_p)))
+        truncates = top_k > 0 or top_p < 1
+        out = fetch(self._logprobs[truncates](variables, rows, num_slots, num_micro, numbers))
+        return TokenLogprobs(*map(layout.from_slots, out))
 
     def lower_logprobs(self, variables: Tree, shape: tuple[int, int, int]) -> jax.stages.Lowered:
+        """The program of old logprobs."""
         rows, _, num_slots, num_micro = self.abstract_put(shape)
-        return self._logprobs.lower(variables, rows, num_slots, num_micro)
+        whole, dtypes = replicated(self.mesh), (np.float32, np.int32, np.float32)
+        sampling = tuple(jax.ShapeDtypeStruct((), dtype, sharding=whole) for dtype in dtypes)
+        return self._logprobs[self.loss.truncates].lower(variables, rows, num_slots, num_micro, sampling)
 
-    def _all_logprobs(self, variables, rows, num_slots, num_micro):
+    def _all_logprobs(self, truncates: bool, variables, rows, num_slots, num_micro, sampling):
         def body(i, out):
-            result = _logprobs(self.config, variables, _micro(rows, i), num_slots[i], self.loss.temperature)
+            result = _logprobs(self.config, variables, _micro(rows, i), num_slots[i], sampling, truncates)
             return tuple(o.at[i].set(r) for o, r in zip(out, result, strict=True))
 
         zeros = jnp.zeros(rows.target_ids.shape, jnp.float32)
-        return jax.lax.fori_loop(0, num_micro, body, (zeros, zeros))
+        return jax.lax.fori_loop(0, num_micro, body, (zeros, zeros, zeros))
 
     def _token_losses(self, trained, frozen, rows: PackedRows, targets: PolicyTargets, num_slots):
         c = self.loss
         variables = merge(trained, frozen)
-        logprobs, entropy = _logprobs(self.config, variables, rows, num_slots, c.temperature)
+        sampling = (c.temperature, c.top_k, c.top_p)
+        logprobs, entropy, log_kept = _logprobs(self.config, variables, rows, num_slots, sampling, c.truncates)
+        sampled = logprobs - log_kept  # of the distribution that the engine draws from
         mask = rows.target_mask
         loss = bind(
             choose(POLICY_LOSSES, c.name, "policy loss"),
             clip_low=c.clip_low, clip_high=c.clip_high, clip_c=c.clip_c, tau_pos=c.tau_pos, tau_neg=c.tau_neg,
             dro_beta=c.dro_beta, rollout_weights=targets.rollout_weights, sequence_ids=rows.target_sequences,
         )  # fmt: skip
-        token_loss, sums = loss(logprobs, targets.old_logprobs, targets.advantages, mask)
+        token_loss, sums = loss(sampled, targets.old_logprobs, targets.advantages, mask)
         pg_loss = total = jnp.sum(token_loss * targets.loss_weights)
         entropy_loss = jnp.sum(jnp.where(mask, entropy, 0.0) * targets.term_weights)
         if c.entropy_coeff:
@@ -234,7 +282,8 @@ class Policy(Programs):
             kl = choose(KL_ESTIMATORS, c.kl_loss_type, "actor.kl_loss_type")(logprobs, targets.ref_logprobs)
             losses["kl_loss"] = jnp.sum(jnp.where(mask, kl, 0.0) * targets.term_weights)
             total += c.kl_loss_coef * losses["kl_loss"]
-        return total, (metrics, losses)
+        gap = _gap(targets.old_logprobs, sampled, mask) if c.measure_gap else ({}, {})
+        return total, Measured(metrics, losses, *gap)
 
 
 class Critic(Programs):
@@ -270,7 +319,7 @@ class Critic(Programs):
         )
         loss = jnp.sum(token_loss * targets.loss_weights)
         sums = {**sums, "vpred_mean": jnp.sum(jnp.where(rows.target_mask, values, 0.0))}
-        return loss, (sums, {"vf_loss": loss})
+        return loss, Measured(sums, {"vf_loss": loss})
 
 
 def of_each_replica(mesh: jax.sharding.Mesh, compute: Callable) -> Callable:
@@ -281,8 +330,9 @@ def of_each_replica(mesh: jax.sharding.Mesh, compute: Callable) -> Callable:
 
     def local(trained, frozen, rows, targets, num_slots, num_micro):
         with within_replica():
-            grads, metrics = compute(trained, frozen, rows, targets, num_slots, num_micro)
-        return jax.tree.map(lambda g: g[None], grads), jax.lax.psum(metrics, "data")
+            grads, measured = compute(trained, frozen, rows, targets, num_slots, num_micro)
+        added = jax.lax.psum(measured, "data")._replace(gap_max=jax.lax.pmax(measured.gap_max, "data"))
+        return jax.tree.map(lambda g: g[None], grads), added
 
     by_rows, whole, replicas = PartitionSpec(None, "data"), PartitionSpec(), PartitionSpec("data")
     return jax.shard_map(
@@ -296,15 +346,26 @@ def merge(trained: Tree, frozen: Tree) -> Tree:
     return {**frozen, **trained}
 
 
+def _gap(rollout_logprobs: Array, logprobs: Array, mask: Array) -> tuple[Tree, Tree]:
+    """Sums, and the maximum, from which `metrics.gap_metrics` makes how far two models' probabilities lie apart."""
+    rollout, ours = (jnp.where(mask, jnp.exp(x), 0.0) for x in (rollout_logprobs, jax.lax.stop_gradient(logprobs)))
+    difference = jnp.abs(rollout - ours)
+    columns = {"rollout": rollout, "ours": ours, "signed": rollout - ours, "gap": difference}
+    sums = {name: x.sum() for name, x in columns.items()} | {f"{name}2": (x * x).sum() for name, x in columns.items()}
+    return sums, {"gap": difference.max()}
+
+
 def accumulate(loss: Callable, trained: Tree, frozen: Tree, rows, targets, num_slots, num_micro):
-    """Gradients, sums and losses added over the first `num_micro` micro-batches (all of them at least one)."""
+    """Gradients and `Measured`, added (of the maxima, the largest) over the first `num_micro` micro-batches."""
     gradient = jax.grad(loss, has_aux=True)
 
     def one(i):
         return gradient(trained, frozen, _micro(rows, i), _micro(targets, i), num_slots[i])
 
     def body(i, carry):
-        return jax.tree.map(jnp.add, carry, one(i))
+        before, now = carry, one(i)
+        grads, measured = jax.tree.map(jnp.add, before, now)
+        return grads, measured._replace(gap_max=jax.tree.map(jnp.maximum, before[1].gap_max, now[1].gap_max))
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jnp.int32(0)))
     return jax.lax.fori_loop(0, num_micro, body, zeros)

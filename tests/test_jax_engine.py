@@ -153,7 +153,7 @@ def test_logprobs_of_sampled_tokens_equal_the_trainers():
     rollouts = engine_of("qwen2").generate(prompts, sampling, seed=3)
     sequences = Sequences.of(prompts, rollouts, 20)
     layout = pack(sequences, range(9), row_length=96, rows_per_micro_batch=2, max_micro_batches=3)
-    trainers, _ = Policy(mesh, config, None, PolicyLoss(temperature=0.7)).logprobs(variables, layout)
+    trainers = Policy(mesh, config, None, PolicyLoss(temperature=0.7)).logprobs(variables, layout).logprobs
     for row, rollout in zip(trainers, rollouts, strict=True):
         np.testing.assert_allclose(rollout.logprobs, row[: len(rollout.logprobs)], atol=2e-5)
 

@@ -223,7 +223,7 @@ hidden_states = jax.jit(decoder.hidden_states, static_argnums=0)
 
 def results(policy: Policy, params, layout):
     """What the targets of a layout get, as [B, T, ...], and what one step on it computes."""
-    logprobs, entropy = policy.logprobs({"params": params}, layout)
+    logprobs, entropy, _ = policy.logprobs({"params": params}, layout)
     rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), layout.rows)
     hidden = hidden_states(policy.config, {"params": params}, rows.tokens, rows.positions, rows.segments, rows.prefixes)
     at_targets = np.take_along_axis(np.asarray(hidden), rows.target_columns[..., None], axis=1)

@@ -205,7 +205,7 @@ def test_a_step_on_any_mesh_is_the_step_of_one_device(shape, head):
 
 def test_logprobs_and_values_on_a_mesh_are_those_of_one_device():
     mesh, present = make_mesh(2, 2, 2), SEQUENCES.present
-    logprobs, entropy = role(mesh, "lm")[0].logprobs({"params": load(mesh, "lm")}, layout())
+    logprobs, entropy, _ = role(mesh, "lm")[0].logprobs({"params": load(mesh, "lm")}, layout())
     values = role(mesh, "score")[0].values({"params": load(mesh, "score")}, layout())
     expected = [*reference("lm").per_token, *reference("score").per_token]
     for got, plain in zip((logprobs, entropy, values), expected, strict=True):

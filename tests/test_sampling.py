@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from jaxrl.models.truncation import keep_top_k, keep_top_p
 from jaxrl.rollout.engine import Sampling
-from jaxrl.rollout.sampling import Rule, inverse_cdf, keep_top_k, keep_top_p, sample
+from jaxrl.rollout.sampling import Rule, inverse_cdf, sample
 
 LOGITS = np.array([0.3, -1.0, 2.0, 0.9, -0.2, 1.4, -3.0, 0.0], np.float32)
 DRAWS = 40_000

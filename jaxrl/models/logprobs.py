@@ -28,7 +28,7 @@ def target_logprobs(
     *,
     bias: Float[Array, "V"] | None = None,
     softcap: float = 0.0,
-    temperature: float = 1.0,
+    temperature: float | Array = 1.0,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
     """log p(id) under softmax(hidden[column] . table / temperature), and that softmax's entropy, in nats.
@@ -37,11 +37,11 @@ def target_logprobs(
     The chunks that lie beyond `num_slots` (the most that any row uses) are not computed and come back as 0.
     """
     R, S = ids.shape
-    chunk = chunk or chunk_slots(R, S, _platform())
+    chunk = chunk or chunk_slots(R, S, platform_of_mesh())
     padded = -(-S // chunk) * chunk
     columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
     table = nn.with_logical_constraint(table.astype(hidden.dtype), ("vocab", None))
-    logprobs, entropy = _chunked(hidden, table, bias, columns, ids, num_slots, softcap, temperature, chunk)
+    logprobs, entropy = _chunked(hidden, table, bias, columns, ids, num_slots, jnp.float32(temperature), softcap, chunk)
     return logprobs[:, :S], entropy[:, :S]
 
 
@@ -50,7 +50,7 @@ def chunk_slots(num_rows: int, num_slots: int, platform: str) -> int:
     return max(8, min(num_slots, CHUNK_ROWS.get(platform, MANY_CHUNK_ROWS) // num_rows))
 
 
-def _platform() -> str:
+def platform_of_mesh() -> str:
     """What the program is compiled for: the devices of the mesh, which need not be those that are here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -68,7 +68,7 @@ def _take(hidden: Float[Array, "R T D"], columns: Int[Array, "R C"]) -> Float[Ar
     return jnp.take_along_axis(hidden, columns[..., None], axis=1)
 
 
-def _logits(hidden: Float[Array, "R C D"], table: Float[Array, "V D"], bias, softcap: float) -> Float[Array, "R C V"]:
+def logits_of(hidden: Float[Array, "R C D"], table: Float[Array, "V D"], bias, softcap: float) -> Float[Array, "R C V"]:
     """Before the temperature."""
     logits = jnp.einsum("rcd,vd->rcv", hidden, table, preferred_element_type=jnp.float32)
     logits = nn.with_logical_constraint(logits, ("rows", None, "vocab"))
@@ -76,14 +76,14 @@ def _logits(hidden: Float[Array, "R C D"], table: Float[Array, "V D"], bias, sof
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _chunked(hidden, table, bias, columns, ids, num_slots, softcap, temperature, chunk):
-    return _forward(hidden, table, bias, columns, ids, num_slots, softcap, temperature, chunk)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _chunked(hidden, table, bias, columns, ids, num_slots, temperature, softcap, chunk):
+    return _forward(hidden, table, bias, columns, ids, num_slots, temperature, softcap, chunk)[0]
 
 
-def _forward(hidden, table, bias, columns, ids, num_slots, softcap, temperature, chunk):
+def _forward(hidden, table, bias, columns, ids, num_slots, temperature, softcap, chunk):
     def body(i, out):
-        logits = _logits(_take(hidden, _slice(columns, i, chunk)), table, bias, softcap) / temperature
+        logits = logits_of(_take(hidden, _slice(columns, i, chunk)), table, bias, softcap) / temperature
         lse = jax.nn.logsumexp(logits, axis=-1)
         entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
         # A sum over the word axis rather than a gather: on a mesh that axis is split over `tensor`.
@@ -94,11 +94,11 @@ def _forward(hidden, table, bias, columns, ids, num_slots, softcap, temperature,
     zeros = jnp.zeros(ids.shape, jnp.float32)
     num_chunks = -(-num_slots // chunk)
     logprobs, entropy, lse = jax.lax.fori_loop(0, num_chunks, body, (zeros, zeros, zeros))
-    return (logprobs, entropy), (hidden, table, bias, columns, ids, num_slots, entropy, lse)
+    return (logprobs, entropy), (hidden, table, bias, columns, ids, num_slots, temperature, entropy, lse)
 
 
-def _backward(softcap, temperature, chunk, saved, grads):
-    hidden, table, bias, columns, ids, num_slots, entropy, lse = saved
+def _backward(softcap, chunk, saved, grads):
+    hidden, table, bias, columns, ids, num_slots, temperature, entropy, lse = saved
     grad_logprobs, grad_entropy = grads
     # Row by row: indexed with row numbers, the rows of a mesh would be gathered on every device.
     add_at = jax.vmap(lambda x, columns, g: x.at[columns].add(g))
@@ -107,7 +107,7 @@ def _backward(softcap, temperature, chunk, saved, grads):
         d_hidden, d_table, d_bias = carry
         column = _slice(columns, i, chunk)
         h = _take(hidden, column)
-        logits = _logits(h, table, bias, softcap)
+        logits = logits_of(h, table, bias, softcap)
         log_p = logits / temperature - _slice(lse, i, chunk)[..., None]
         g_logprob, g_entropy = (_slice(g, i, chunk)[..., None] for g in (grad_logprobs, grad_entropy))
         # d logprob / d logits = [chosen] - p;   d entropy / d logits = -p (log p + entropy)
@@ -127,7 +127,7 @@ def _backward(softcap, temperature, chunk, saved, grads):
     start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32), no_bias
     d_hidden, d_table, d_bias = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
     d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), d_bias, None, None, None
+    return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), d_bias, None, None, None, None
 
 
 _chunked.defvjp(_forward, _backward)

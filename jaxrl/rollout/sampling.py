@@ -5,14 +5,14 @@ The settings are arrays, not constants: another temperature or another top-p is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
+from ..models.truncation import keep_top_k, keep_top_p
 from .engine import Sampling
 
 BLOCK = 256  # words of a block of the vocabulary
@@ -59,39 +59,6 @@ def _most_likely(logits, uniform, rule: Rule):
     largest, words = logits.max(axis=-1), logits.shape[1]
     ids = jnp.where(logits == largest[:, None], jnp.arange(words, dtype=jnp.int32), words - 1).min(axis=-1)
     return ids, largest - jax.nn.logsumexp(logits, axis=-1)
-
-
-def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:
-    """-inf outside the `k` likeliest tokens; tokens as likely as the last of them stay too."""
-    ranks = _ranks(logits)
-    lowest = _largest_threshold(ranks, lambda kept: kept.sum(axis=-1) >= k)
-    return jnp.where(ranks >= lowest[:, None], logits, -jnp.inf)
-
-
-def keep_top_p(logits: Float[Array, "B V"], p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """-inf outside the fewest likeliest tokens that hold the mass `p` (nucleus sampling, arXiv:1904.09751)."""
-    ranks, probs = _ranks(logits), jax.nn.softmax(logits)
-    lowest = _largest_threshold(ranks, lambda kept: jnp.where(kept, probs, 0.0).sum(axis=-1) >= p)
-    return jnp.where(ranks >= lowest[:, None], logits, -jnp.inf)
-
-
-def _ranks(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
-    """Whole numbers in the order of the floats: their bits, with the negative ones turned round."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits & sign, ~bits, bits | sign)
-
-
-def _largest_threshold(
-    ranks: UInt32[Array, "B V"], enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B"]]
-) -> UInt32[Array, "B"]:
-    """The largest t for which `enough(ranks >= t)`, found bit by bit: 32 passes where a sort is many times slower."""
-
-    def body(i, t):
-        higher = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(enough(ranks >= higher[:, None]), higher, t)
-
-    return jax.lax.fori_loop(0, 32, body, jnp.zeros(ranks.shape[0], jnp.uint32))
 
 
 def inverse_cdf(probs: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
