@@ -29,6 +29,7 @@ from .collector import Collector, Experience, sampling_of
 from .config import Config
 from .data import PromptDataset, PromptLoader
 from .distributed import check_same
+from .doctor import NUM_PROMPTS, Doctor
 from .learner import Learner, preparation_of, rows_of
 from .link import Link
 from .loggers import LOGGERS, Metrics, Run, Samples, process_log
@@ -117,6 +118,8 @@ class Trainer:
         self.ahead = Ahead(self.collector.collect, ahead=c.trainer.trainer_mode == "one_step_off", last=self.steps)
         if waiting is not None:
             self.ahead.restore(*waiting, train.of_row)
+        if c.rollout.max_probs_diff is not None:
+            self._check_agreement(c.rollout.max_probs_diff)
 
     # What is made at the start.
 
@@ -238,6 +241,26 @@ class Trainer:
             self.engine, self.tokenizer, m.function, kwargs=m.kwargs, max_assistant_turns=m.max_assistant_turns,
             timeout_s=m.timeout_s, template_kwargs=self.config.data.apply_chat_template_kwargs, link=self.link,
         )  # fmt: skip
+
+    def doctor(self) -> Doctor:
+        """Who tells whether the engine and the trainer agree, on the first prompts of the data."""
+        prompts = [self.loader.dataset[i] for i in range(min(NUM_PROMPTS, len(self.loader.dataset)))]
+        return Doctor(
+            self.config, self.roles.policy, self.engine, self.tokenizer, prompts,
+            generation_config=self.source.generation_config, stop_ids=self.stop_ids,
+        )  # fmt: skip
+
+    def _check_agreement(self, bound: float) -> None:
+        variables = self.roles.actor_variables()
+        self.engine.update_weights(variables, 0 if self.start is None else self.start[1])
+        found = self.doctor().examine(variables)
+        if not found.probs_mean <= bound:
+            self.engine.close()
+            self.scorer.close()
+            raise ValueError(
+                f"engine and trainer differ by {found.probs_mean:.2g} in the mean probability of a sampled token, more "
+                f"than rollout.max_probs_diff {bound:g}. {found.sentence}"
+            )
 
     # Checkpoints: all that the steps after this one depend on.
 

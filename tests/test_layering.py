@@ -25,7 +25,7 @@ FLOORS = [
     {"weights", "rollout", "optimizer", "compression", "checkpoint", "metrics", "loggers"},
     {"update", "prepare", "weights.sync"},
     {"rollout.vllm_engine", "rollout.vllm_publication"},
-    {"roles", "reward_model", "collector", "ahead", "learner"},
+    {"roles", "reward_model", "collector", "ahead", "doctor", "learner"},
     {"plan"},
     {"trainer"},
 ]

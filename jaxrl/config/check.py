@@ -161,6 +161,7 @@ def _check_positive(c: Config) -> None:
         "rollout.vllm.load_timeout_s": c.rollout.vllm.load_timeout_s,
         "rollout.vllm.stall_timeout_s": c.rollout.vllm.stall_timeout_s,
         "rollout.multi_turn.max_assistant_turns": c.rollout.multi_turn.max_assistant_turns,
+        "rollout.max_probs_diff": c.rollout.max_probs_diff,
         "rollout.multi_turn.timeout_s": c.rollout.multi_turn.timeout_s,
         "rollout.val_kwargs.n": c.rollout.val_kwargs.n,
         "rollout.temperature": c.rollout.temperature,

@@ -19,7 +19,7 @@ MAY_CHANGE = {
     "trainer.total_epochs", "trainer.total_training_steps", "trainer.save_freq", "trainer.max_ckpt_to_keep",
     "trainer.resume_mode", "trainer.resume_from_path", "trainer.test_freq", "trainer.val_before_train",
     "trainer.logger", "trainer.run_dir", "trainer.start_timeout_s", "trainer.heartbeat_timeout_s",
-    "rollout.max_num_seqs", "rollout.tensor_model_parallel_size",
+    "rollout.max_num_seqs", "rollout.max_probs_diff", "rollout.tensor_model_parallel_size",
     "mesh.data", "mesh.fsdp", "mesh.tensor",
 }  # fmt: skip
 

@@ -93,6 +93,8 @@ class RolloutSection:
     top_p: float = 1.0
     top_k: int = -1
     max_num_seqs: int = 1024  # sequences that decode together
+    # No start above this training/rollout_probs_diff_mean on a few prompts (jaxrl/doctor.py); None: not looked at.
+    max_probs_diff: float | None = None
     tensor_model_parallel_size: int | None = None  # of the JAX engine's own layout; None: that of training
     val_kwargs: ValKwargs = field(default_factory=ValKwargs)
     vllm: VllmSection = field(default_factory=VllmSection)
