@@ -181,7 +181,8 @@ class Programs:
         """One optimizer update, in place of a state of these shapes and shardings."""
         if self._compiled_step is None:
             shardings = jax.tree.map(lambda x: x.sharding, state)  # comes back as it came, so that it compiles once
-            self._specs = jax.tree.map(lambda x: x.sharding.spec, state.trained)
+            if self.compression.method != "none":
+                self._specs = jax.tree.map(lambda x: x.sharding.spec, state.trained)
             self._compiled_step = self.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
         return self._compiled_step
 
