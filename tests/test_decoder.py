@@ -265,6 +265,16 @@ def test_an_architecture_that_would_be_computed_wrongly_is_refused(change, messa
         ModelConfig.from_hf(load_hf_config(DATA / "hf_torch" / "qwen2") | change)
 
 
+def test_adapters_that_would_sit_on_nothing_are_refused_by_name():
+    for name, targets in (("mixtral", ("up_proj", "gate_proj")), ("starcoder2", ("gate_proj",))):
+        hf_config = load_hf_config(DATA / "hf_torch" / name)
+        with pytest.raises(
+            ValueError, match="lora_targets .* are no matrices that adapters can sit on in family .*q_proj"
+        ):
+            ModelConfig.from_hf(hf_config, lora_rank=2, lora_targets=targets)
+        ModelConfig.from_hf(hf_config, lora_rank=2, lora_targets=(*targets, "q_proj"))
+
+
 def test_files_of_transformers_4_mean_what_those_of_transformers_5_say():
     def same(name, drop, **old):
         new = load_hf_config(DATA / "hf_torch" / name)

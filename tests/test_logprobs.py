@@ -70,6 +70,33 @@ def check(got, expected, num_slots: int = NUM_SLOTS) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=5e-6, atol=3e-5)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_a_bias_of_the_head_and_a_softcap_of_its_logits_have_the_gradient_of_the_plain_formula(softcap):
+    bias = draw(V, seed=5)
+
+    def plain(hidden, table, bias):
+        logits = jnp.take_along_axis(hidden, COLUMNS[..., None], axis=1) @ table.T + bias
+        logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+        logp = jax.nn.log_softmax(logits / 0.6)
+        used = jnp.arange(S) < NUM_SLOTS
+        logprobs = jnp.take_along_axis(logp, IDS[..., None], axis=-1)[..., 0]
+        return tuple(jnp.where(used, x, 0.0) for x in (logprobs, -jnp.sum(jnp.exp(logp) * logp, axis=-1)))
+
+    def chunked(hidden, table, bias):
+        return target_logprobs(
+            hidden, table, *TARGETS, jnp.int32(NUM_SLOTS), bias=bias, softcap=softcap, temperature=0.6, chunk=4
+        )
+
+    @partial(jax.jit, static_argnums=0)
+    def evaluate(run, *arrays):
+        values, pullback = jax.vjp(run, *arrays)
+        return values, pullback(tuple(WEIGHTS))
+
+    got, expected = evaluate(chunked, HIDDEN, TABLE, bias), evaluate(plain, HIDDEN, TABLE, bias)
+    assert len(got[1]) == 3 and abs(got[1][2]).max() > 0.1
+    check(got, expected)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_values_and_gradients_equal_the_plain_formula_in_float64(temperature):
     with jax.enable_x64(True):

@@ -166,6 +166,14 @@ class ModelConfig:
                 f"model.attention {self.attention} cannot compute {' and '.join(lacks)}, which family {self.family} "
                 "has: set model.attention=xla"
             )
+        dense = {"q_proj", "k_proj", "v_proj", "o_proj"}
+        if not self.num_experts or self.dense_layers:
+            dense |= {"up_proj", "down_proj", "gate_proj"} if self.gated else {"up_proj", "down_proj"}
+        if self.lora_rank and self.lora_targets and dense.isdisjoint(self.lora_targets):
+            raise ValueError(
+                f"model.lora_targets {', '.join(self.lora_targets)} are no matrices that adapters can sit on in family "
+                f"{self.family}: name some of {', '.join(sorted(dense))}"
+            )
 
     @property
     def lora_scale(self) -> float:

@@ -67,7 +67,7 @@ def unknown_head(checkpoint: Checkpoint, extra: list[str]) -> str | None:
 def _linear(checkpoint: Checkpoint, path: str, hf_config: Mapping[str, Any]) -> FoundHead:
     own = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name.startswith(f"{path}.")}
     weight, bias = own.get(f"{path}.weight"), own.get(f"{path}.bias")
-    hidden = hf_config.get("hidden_size") or (weight[-1] if weight else None)
+    hidden = hf_config.get("word_embed_proj_dim") or hf_config.get("hidden_size") or (weight[-1] if weight else None)
     is_linear = weight is not None and len(weight) == 2 and weight[1] == hidden and bias in (None, weight[:1])
     if weight is None or not is_linear or own.keys() - {f"{path}.weight", f"{path}.bias"}:
         parts = ", ".join(f"{name} {list(shape)}" for name, shape in own.items())
