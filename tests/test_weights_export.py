@@ -284,6 +284,13 @@ def test_stream_of_tensors_is_lazy_and_in_the_order_of_a_forward_pass():
                 "full_attention": {"rope_type": "yarn", "factor": 8.0, "rope_theta": 5e5},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}},
         ),
+        (
+            {"model_type": "gpt_neox", "rope_parameters": {
+                "rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}},
+            {"rotary_pct": 0.5, "rotary_emb_base": 2e4, "rope_scaling": None},
+        ),
+        ({"model_type": "gpt2", "n_embd": 8},
+         {"model_type": "gpt2", "n_embd": 8, "dtype": "float32", "torch_dtype": "float32"}),
         ({"model_type": "qwen3_moe", "num_local_experts": 4}, {"num_experts": 4, "num_local_experts": 4}),
         (
             {"model_type": "phi3", "rope_parameters": {
@@ -297,4 +304,5 @@ def test_stream_of_tensors_is_lazy_and_in_the_order_of_a_forward_pass():
 def test_what_transformers_4_and_5_spell_differently_is_written_in_both(given, written):
     config = both_spellings(given, "float32")
     assert {key: config[key] for key in written} == written
+    assert given["model_type"] != "gpt2" or config == written, "no rope is written where there is none"
     assert both_spellings(config, "float32") == config

@@ -15,6 +15,7 @@ _LIBC = ctypes.CDLL(None)
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag, of Linux
 
 # What transformers 4 has outside of `rope_scaling`, and transformers 5 within its parameters.
+_ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rope_local_base_freq")
 _OUTSIDE_LONGROPE = ("original_max_position_embeddings", "partial_rotary_factor")
 
 # Families with a rope for each kind of layer -> the bases that a file of transformers 4 leaves out: full attention, and
@@ -58,6 +59,8 @@ def both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     config = {**config, "dtype": dtype, "torch_dtype": dtype}
     if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
         config["num_experts"] = config["num_local_experts"]
+    if config.keys().isdisjoint(_ROPE_KEYS):  # no rope (GPT-2, OPT, Bloom), or the defaults of its class
+        return config
     parameters = config.get("rope_parameters") or _from_version_4(config)
     config["rope_parameters"] = parameters
     local = parameters.get("sliding_attention")
@@ -72,6 +75,11 @@ def both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     config["rope_scaling"] = None if kind == "default" else scaling
     if "rope_theta" in parameters:
         config["rope_theta"] = parameters["rope_theta"]
+    if "partial_rotary_factor" in parameters:
+        config["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+    if config.get("model_type") == "gpt_neox":  # which has names of its own in transformers 4
+        config["rotary_pct"] = parameters.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
+        config["rotary_emb_base"] = parameters.get("rope_theta", config.get("rotary_emb_base", 10_000))
     return config
 
 
