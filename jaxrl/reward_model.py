@@ -6,21 +6,22 @@ the actor. Its score is what the head says at the last token.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import Model
+from .config import Head, Model
 from .packing import Sequences, max_micro_batches, pack
 from .parallel import num_row_shards
 from .rewards import Sample, Score
 from .rewards.score import failed, score_of
 from .roles import abstract_variables, load_base, model_config
 from .update import Critic
-from .weights.heads import find_head
-from .weights.pretrained import open_pretrained
+from .weights.heads import FoundHead, find_head
+from .weights.pretrained import Pretrained, open_pretrained
 
 ROWS = 128  # packed rows are a multiple of it long
 
@@ -30,20 +31,18 @@ class RewardModel:
 
     whole_batch = True
 
-    def __init__(self, path: str, mesh: jax.sharding.Mesh, model: Model, *, max_tokens: int):
-        source = open_pretrained(path)
-        head = find_head(source.checkpoint, source.hf_config)
-        if head is None or head.num_labels != 1:
-            found = "no score head" if head is None else f"a score head of {head.num_labels} labels"
-            raise ValueError(f"reward.model.path {path} has {found}: give a sequence-classification model with one label")
+    def __init__(self, path: str, mesh: jax.sharding.Mesh, model: Model, *, max_tokens: int, head: Head | None = None):
+        source, head = open_pretrained(path), head or Head()
+        config = model_config(model, source.hf_config, module=head.module)
+        if head.module is None:
+            config = dataclasses.replace(config, score_bias=_linear_head(source, head.path).has_bias)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer)
         self.mesh = mesh
         self.rows = max(1, max_tokens // ROWS)  # of ROWS tokens in a micro-batch on one device
-        config = model_config(model, source.hf_config, score_bias=head.has_bias)
         self.max_position = config.max_position
         self.critic = Critic(mesh, config, None, 0.0)
         abstract = abstract_variables(mesh, config, "score", model.compute_dtype)
-        self.variables = {"params": load_base(source, config, abstract)}
+        self.variables = {"params": load_base(source, config, abstract, head_path=head.path)}
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         token_ids = [self._tokenize(sample) for sample in samples]
@@ -76,3 +75,14 @@ class RewardModel:
         conversation = [*sample.messages, {"role": "assistant", "content": sample.response}]
         text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _linear_head(source: Pretrained, path: str | None) -> FoundHead:
+    """The head of a model that says one number. Raises ValueError where it has none, or another."""
+    head = find_head(source.checkpoint, source.hf_config, path=path)
+    if head is None or head.num_labels != 1:
+        found = "no score head" if head is None else f"a score head of {head.num_labels} labels"
+        raise ValueError(
+            f"reward.model.path {source.name} has {found}: give a sequence-classification model with one label"
+        )
+    return head

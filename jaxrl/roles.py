@@ -28,11 +28,12 @@ from .parallel import use_mesh, with_shardings
 from .update import Compression, Critic, Policy, PolicyLoss, TrainState, merge
 from .weights.bnb import dequantized, packed_tensors
 from .weights.export import export_hf
-from .weights.hf_names import in_order
+from .weights.hf_names import flatten, head_of, in_order, rows, unflatten
 from .weights.load import load_params
 from .weights.packed import load_packed, packed_kernels
 from .weights.peft_tree import export_peft, load_lora, lora_settings
 from .weights.pretrained import Pretrained, open_pretrained
+from .weights.source import first_layers
 from .weights.stored import Checkpoint
 
 Tree = Any
@@ -62,7 +63,8 @@ class Roles:
         find: Callable[[str], Pretrained] = open_pretrained,
     ):
         self.mesh, self.needs_critic, self.needs_ref, self.source = mesh, needs_critic, c.needs_ref, source
-        self.seed = c.trainer.seed
+        self.seed, self.critic_head_path = c.trainer.seed, c.critic.head.path
+        self.exports_critic = needs_critic and c.critic.export
         self._describe_actor(c, steps)
         if c.needs_ref:
             self._describe_ref(c, find)
@@ -108,8 +110,9 @@ class Roles:
         self.critic_source = self.source if c.critic.path is None else find(c.critic.path)
         layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
         config = model_config(
-            c.model, self.critic_source.hf_config, score_bias=True, max_length=c.max_length, **layers
-        )
+            c.model, self.critic_source.hf_config, score_bias=True, module=c.critic.head.module,
+            max_length=c.max_length, **layers,
+        )  # fmt: skip
         self.critic_optimizer = optimizer_of(c.critic.optim)
         self.critic = Critic(self.mesh, config, self.critic_optimizer, c.critic.cliprange_value)
         self.critic_lr = schedule_of(c.critic.optim, steps)
@@ -138,7 +141,10 @@ class Roles:
             trained = {"params": load_base(self.source, self.model, self.actor_abstract)}
         self.actor = new_train_state(self.mesh, self.actor_optimizer, trained, self.actor_state)
         if self.needs_critic:
-            params = load_base(self.critic_source, self.critic.config, self.critic_weights, new_head=True)
+            params = load_base(
+                self.critic_source, self.critic.config, self.critic_weights,
+                new_head=True, head_path=self.critic_head_path,
+            )  # fmt: skip
             trained = {"params": params}
             self.critic_state = new_train_state(self.mesh, self.critic_optimizer, trained, self.critic_abstract)
 
@@ -164,6 +170,11 @@ class Roles:
             export_peft(
                 self.actor.trained["lora"], self.model, folder / "adapter",
                 base=self.source.base, like=self.source.adapter, overwrite=True,
+            )  # fmt: skip
+        if self.exports_critic:
+            export_hf(
+                self.critic_state.trained["params"], self.critic.config, folder / "critic",
+                source_folder=with_layers(self.critic_source, self.critic.config.num_layers), overwrite=True,
             )  # fmt: skip
 
     def state(self) -> Tree:
@@ -259,25 +270,47 @@ def load_frozen(source: Pretrained, config: ModelConfig, abstract: Tree) -> Tree
     return frozen
 
 
-def load_base(source: Pretrained, config: ModelConfig, abstract: Tree, *, new_head: bool = False) -> Tree:
+def load_base(
+    source: Pretrained,
+    config: ModelConfig,
+    abstract: Tree,
+    *,
+    new_head: bool = False,
+    head_path: str | None = None,
+) -> Tree:
     """The "params" of a model. With `new_head`, a score head that it does not hold begins at zero.
 
-    Zero, because a critic begins by knowing nothing, and no random value moves the first advantages. Weights in 4 bits
-    that `config.packed` does not name become numbers.
+    Zero, because a critic begins by knowing nothing, and no random value moves the first advantages; a user's own head
+    begins as its module says. `head_path` names a head in the checkpoint. Weights in 4 bits that `config.packed` does
+    not name become numbers.
     """
-    head = "score" if "score" in abstract["params"] else "lm"
-    fresh = {"score.kernel", "score.bias"} if new_head else set()
+    head = head_of(abstract["params"], config)
+    language_model = {row.ours for row in rows(dataclasses.replace(config, module=None))}
+    fresh = {row.ours for row in rows(config, head=head)} - language_model if new_head else set()
     if config.packed is None and packed_tensors(source.checkpoint):
         log.warning("%s: its weights in 4 bits become numbers here, four times the memory or more", source.name)
     checkpoint = _lower_layers(source, config, head)
-    params = load_params(checkpoint, config, abstract["params"], allow_missing=fresh, dequantize=True)
-    if new_head:
-        structs = abstract["params"]["score"]
-        params["score"] = {
-            name: jnp.zeros(structs[name].shape, structs[name].dtype, device=structs[name].sharding) if x is None else x
-            for name, x in params["score"].items()
-        }
-    return params
+    params = load_params(
+        checkpoint, config, abstract["params"], allow_missing=fresh, check_finite=True, dequantize=True,
+        head_path=head_path,
+    )  # fmt: skip
+    missing = {path: struct for path, struct in flatten(abstract["params"]) if dict(flatten(params))[path] is None}
+    return unflatten(dict(flatten(params)) | _new_head(config, missing)) if missing else params
+
+
+def _new_head(config: ModelConfig, missing: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The arrays of a score head that no checkpoint holds, by path."""
+    if config.module is None:
+        return {path: jnp.zeros(x.shape, x.dtype, device=x.sharding) for path, x in missing.items()}
+    make = jax.jit(
+        lambda key: {
+            path: x.astype(missing[path].dtype)
+            for path, x in flatten(decoder.init_params(config, "score", key)["params"])
+            if path in missing
+        },
+        out_shardings={path: x.sharding for path, x in missing.items()},
+    )
+    return make(jax.random.key(0))
 
 
 def fresh_adapters(mesh: jax.sharding.Mesh, config: ModelConfig, abstract: Tree, seed: int) -> Tree:
@@ -316,6 +349,14 @@ def new_train_state(
 
 def compression_of(o: Optim) -> Compression:
     return Compression(o.grad_compression, o.grad_topk)
+
+
+def with_layers(source: Pretrained, num_layers: int) -> Pretrained:
+    """The model with a config of its first layers only."""
+    hf_config = dict(source.hf_config)
+    if ModelConfig.from_hf(hf_config).num_layers != num_layers:
+        hf_config = first_layers(hf_config, num_layers)
+    return dataclasses.replace(source, hf_config=hf_config)
 
 
 def _lower_layers(source: Pretrained, config: ModelConfig, head: str) -> Checkpoint:

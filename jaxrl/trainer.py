@@ -216,7 +216,7 @@ class Trainer:
         if r.model.path is not None:
             tokens = self.config.critic.ppo_max_token_len_per_gpu
             started["model"] = (
-                RewardModel(r.model.path, self.mesh, self.config.model, max_tokens=tokens), r.model.weight
+                RewardModel(r.model.path, self.mesh, self.config.model, max_tokens=tokens, head=r.model.head), r.model.weight
             )  # fmt: skip
         return make_scorer(
             [(f.name, f.weight, dict(f.kwargs)) for f in r.functions], error_reward=r.error_reward,

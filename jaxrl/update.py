@@ -127,7 +127,7 @@ def _logprobs(
 def _values(config: ModelConfig, variables: Tree, rows: PackedRows) -> Array:
     hidden = _hidden(config, variables, rows, "score")
     picked = jnp.take_along_axis(hidden, rows.target_columns[..., None], axis=1)
-    return decoder.score(variables["params"], picked)[..., 0]
+    return decoder.score(config, variables["params"], picked)[..., 0]
 
 
 class Program:

@@ -92,7 +92,7 @@ def test_scores_are_those_of_transformers(name, run):
     expected = np.load(DATA / "heads" / name / "expected.npz")
     mask = expected["attention_mask"]  # rows padded on the right and on the left
     hidden = hidden_states(config, variables, expected["input_ids"], expected["position_ids"], mask, mask, head="score")
-    got = decoder.score(variables["params"], hidden)
+    got = decoder.score(config, variables["params"], hidden)
     per_token = expected["token_scores" if "token_scores" in expected else "logits"]
     np.testing.assert_allclose(got[mask > 0], per_token[mask > 0], atol=5e-6)  # measured: 1e-6 of scores up to 4
 

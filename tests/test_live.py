@@ -28,7 +28,7 @@ def logits_of(model: jaxrl.LoadedModel, tokens):
     head = "score" if "score" in model.params else "lm"
     with jax.default_matmul_precision("highest"):
         x = hidden_states(model.config, model.variables, tokens, positions, jnp.ones_like(tokens), 0 * tokens, head)
-        return score(model.params, x) if head == "score" else x @ head_table(model.config, model.params).T
+        return score(model.config, model.params, x) if head == "score" else x @ head_table(model.config, model.params).T
 
 
 def test_importing_jaxrl_starts_nothing_and_loading_a_folder_needs_no_torch():

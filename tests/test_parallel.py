@@ -140,7 +140,7 @@ def policy_loss(params):
 
 def value_loss(params):
     n = NUMBERS
-    values = decoder.score(params, plain_hidden(model("score"), params, "score"))[..., 0]
+    values = decoder.score(model("score"), params, plain_hidden(model("score"), params, "score"))[..., 0]
     clipped = jnp.clip(values, n["old_values"] - VALUE_CLIP, n["old_values"] + VALUE_CLIP)
     worst = jnp.maximum((values - n["returns"]) ** 2, (clipped - n["returns"]) ** 2)
     loss = 0.5 * jnp.sum(worst * n["loss_weights"])

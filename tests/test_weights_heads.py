@@ -69,7 +69,7 @@ def test_values_of_a_trl_value_head_are_the_recorded_ones():
     tokens, mask, positions = (jnp.asarray(expected[key]) for key in ("input_ids", "attention_mask", "position_ids"))
     with jax.default_matmul_precision("highest"):
         hidden = hidden_states(config, {"params": params}, tokens, positions, mask, 0 * tokens, head="score")
-        values = score(params, hidden)[..., 0]
+        values = score(config, params, hidden)[..., 0]
     shown = expected["attention_mask"] == 1
     np.testing.assert_allclose(np.asarray(values)[shown], expected["values"][shown], atol=2e-4)  # float32
 

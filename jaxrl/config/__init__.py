@@ -14,6 +14,7 @@ from .settings import (
     CriticSection,
     Data,
     FilterGroups,
+    Head,
     KLCtrl,
     MeshSection,
     Model,
@@ -32,7 +33,7 @@ from .settings import (
 )
 
 __all__ = [
-    "CHOICES", "MAY_CHANGE", "Actor", "Algorithm", "Config", "CriticSection", "Data", "FilterGroups", "KLCtrl",
+    "CHOICES", "MAY_CHANGE", "Actor", "Algorithm", "Config", "CriticSection", "Data", "FilterGroups", "Head", "KLCtrl",
     "MeshSection", "Model", "MultiTurn", "Optim", "PolicyLossSection", "Ref", "Reward", "RewardFunction",
     "RewardModelSection", "RolloutCorrection", "RolloutSection", "TrainerSection", "ValKwargs", "VllmSection", "check",
     "check_sources", "describe", "differences", "flat", "from_dict", "load", "save", "to_dict",

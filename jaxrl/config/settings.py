@@ -109,9 +109,18 @@ class RewardFunction:
 
 
 @dataclass(frozen=True)
+class Head:
+    """A score head that is not under one of the usual names, or not a matrix."""
+
+    path: str | None = None  # the name of its linear module in the checkpoint
+    module: str | None = None  # path/to/file.py:Class, a Decoder with a head or forward pass of its own
+
+
+@dataclass(frozen=True)
 class RewardModelSection:
     path: str | None = None  # a Hugging Face sequence-classification model with one label
     weight: float = 1.0
+    head: Head = field(default_factory=Head)
 
 
 @dataclass(frozen=True)
@@ -213,7 +222,9 @@ class Actor:
 @dataclass(frozen=True)
 class CriticSection:
     path: str | None = None  # None: model.path
+    head: Head = field(default_factory=Head)
     num_layers: int | None = None  # only the first layers of the model: a cheaper critic
+    export: bool = False  # leave critic/ beside hf/ at the end, a token-classification model
     cliprange_value: float = 0.5
     loss_agg_mode: str = "token-mean"
     ppo_epochs: int = 1

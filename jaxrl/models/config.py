@@ -148,6 +148,7 @@ class ModelConfig:
     packed: PackedKernels | None = None  # None: every kernel is numbers
     num_labels: int = 1  # outputs of a score head
     score_bias: bool = False
+    module: str | None = None  # path/to/file.py:Class of a user's own decoder with a score head
     hf_json: str = field(default="", compare=False, repr=False)  # the config.json that it was made from
 
     def __post_init__(self) -> None:

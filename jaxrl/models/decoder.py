@@ -6,6 +6,7 @@ arrays under the collections "params", "lora" (adapters) and "packed" (kernels i
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..offload import to_device
+from ..user_code import import_function
 from .attention import ALL, ATTENTION, Where, scoring_of
 from .block import DecoderLayer
 from .config import ModelConfig, Run
@@ -88,7 +90,12 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, L layers, final norm. `head` names what sits on top: "lm", or "score" for a critic or reward model."""
+    """Embedding, L layers, final norm. `head` names what sits on top: "lm", or "score" for a critic or reward model.
+
+    A user's own head or forward pass is a subclass, named by `config.module`: `setup_head` makes the modules on top,
+    `touch_head` calls each of them once, `scores` is what they say of a hidden state, `__call__` is the way there, and
+    `rows` and `axis_sizes` say under which names and in which shapes a checkpoint keeps the weights.
+    """
 
     config: ModelConfig
     head: str = "lm"
@@ -102,10 +109,39 @@ class Decoder(nn.Module):
             self.norm = norm_of(c)
         if c.embed_size:
             self.project_out = Dense(c, "btd,de->bte", (c.hidden_size, c.embed_size), ("embed", None))
+        self.setup_head()
+
+    def setup_head(self):
+        """The modules on top of the hidden states."""
+        c = self.config
         if self.head == "score":
             self.score = Head((c.table_size, c.num_labels), ("embed", None), use_bias=c.score_bias)
         elif not c.tie_embeddings:
             self.lm_head = Head((c.vocab_size, c.table_size), ("vocab", "embed"), use_bias=c.lm_head_bias, bias_dim=0)
+
+    def scores(self, hidden: Float[Array, "... D"]) -> Float[Array, "... C"]:
+        """What the score head says of each hidden state, in float32."""
+        scores = hidden.astype(jnp.float32) @ self.score().astype(jnp.float32)
+        return scores + self.score.bias if self.config.score_bias else scores
+
+    def touch_head(self) -> None:
+        """Linen makes the weights of a module when it is first called, and heads are called outside."""
+        if self.head == "score":
+            self.scores(jnp.zeros((1, self.config.table_size)))
+        elif not self.config.tie_embeddings:
+            self.lm_head()
+
+    @classmethod
+    def rows(cls, config: ModelConfig, language_model: list) -> list:
+        """Of a user's subclass: its rows of the name table (`weights.hf_names.Row`), given those of the language model."""
+        raise ValueError(
+            f"module {config.module} has no rows: say in it under which names a checkpoint has its weights"
+        )
+
+    @classmethod
+    def axis_sizes(cls, config: ModelConfig) -> dict[str, int]:
+        """What letters of its rows stand for that `weights.hf_names.axis_sizes` does not know."""
+        return {}
 
     def __call__(
         self,
@@ -114,8 +150,8 @@ class Decoder(nn.Module):
         segments: Int[Array, "R T"],
         prefixes: Int[Array, "R T"],
     ) -> Float[Array, "R T D"]:
-        if self.is_initializing() and (self.head == "score" or not self.config.tie_embeddings):
-            (self.score if self.head == "score" else self.lm_head)()  # used outside; Linen makes what is touched
+        if self.is_initializing():
+            self.touch_head()
         x, where = self.embed(tokens, positions), Where(positions, segments, prefixes)
         for run in self.config.runs:
             x = self._layers(run, x, where)
@@ -189,6 +225,19 @@ def _stacked(cossins: list) -> tuple[Array, Array]:
     return tuple(jnp.stack(parts) for parts in zip(*[cossin or still for cossin in cossins], strict=True))
 
 
+@cache
+def _user_class(name: str) -> type[Decoder]:
+    found = import_function(name, "module")
+    if not (isinstance(found, type) and issubclass(found, Decoder)):
+        raise ValueError(f"module {name} is not a subclass of jaxrl.models.decoder.Decoder")
+    return found
+
+
+def decoder_class(config: ModelConfig) -> type[Decoder]:
+    """`Decoder`, or the user's subclass that the config names."""
+    return Decoder if config.module is None else _user_class(config.module)
+
+
 def abstract_params(config: ModelConfig, head: str = "lm") -> tuple[Tree, Tree]:
     """Shapes and logical axes of every weight, without making one: {"params", "lora", "packed"}, and the same of axes."""
     boxed = jax.eval_shape(lambda key: _init(config, head, key), jax.random.key(0))
@@ -203,14 +252,15 @@ def init_params(config: ModelConfig, head: str, key: Array) -> Tree:
 
 def _init(config: ModelConfig, head: str, key: Array) -> Tree:
     tokens = jnp.ones((1, 2), jnp.int32)
-    return Decoder(config, head).init(key, tokens, tokens, tokens, tokens)
+    return decoder_class(config)(config, head).init(key, tokens, tokens, tokens, tokens)
 
 
 def hidden_states(config: ModelConfig, variables: Tree, tokens, positions, segments, prefixes, head: str = "lm"):
     """[R, T] tokens -> [R, T, D] hidden states after the final norm."""
-    runs = [run.name for run in config.runs]
-    params = {name: part if name in runs else to_device(part) for name, part in variables["params"].items()}
-    return Decoder(config, head).apply({**variables, "params": params}, tokens, positions, segments, prefixes)
+    params = variables["params"]
+    own = {**_outside(config, params), **{run.name: params[run.name] for run in config.runs}}
+    module = decoder_class(config)(config, head)
+    return module.apply({**variables, "params": own}, tokens, positions, segments, prefixes)
 
 
 def embed(config: ModelConfig, params: Tree, tokens, positions) -> Float[Array, "B T D"]:
@@ -242,8 +292,12 @@ def head_table(config: ModelConfig, params: Tree) -> Float[Array, "V D"]:
     return to_device(params["embed_tokens"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"])
 
 
-def score(params: Tree, hidden: Float[Array, "... D"]) -> Float[Array, "... C"]:
-    """The score head of a critic or reward model, in float32."""
-    head = to_device(params["score"])
-    scores = hidden.astype(jnp.float32) @ head["kernel"].astype(jnp.float32)
-    return scores + head["bias"] if "bias" in head else scores
+def score(config: ModelConfig, params: Tree, hidden: Float[Array, "... D"]) -> Float[Array, "... C"]:
+    """The scores of a critic or reward model, in float32."""
+    return decoder_class(config)(config, "score").apply({"params": _outside(config, params)}, hidden, method="scores")
+
+
+def _outside(config: ModelConfig, params: Tree) -> Tree:
+    """The weights outside of the layers, which bring their own to the device."""
+    runs = [run.name for run in config.runs]
+    return {name: to_device(part) for name, part in params.items() if name not in runs}

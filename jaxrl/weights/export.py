@@ -57,7 +57,7 @@ def hf_tensors(
             array = array.astype(dtype)
         return np.asarray(fetch(array))
 
-    for tensor in in_order(config, head_of(params)):
+    for tensor in in_order(config, head_of(params, config)):
         yield tensor.name, tensor.of([piece(row, place) for row, place in tensor.parts])
 
 
@@ -97,12 +97,12 @@ def export_hf(
     out_dir = Path(out_dir)
     if not overwrite:
         refuse_existing(out_dir)
-    specs = _specs(config, head_of(params), source, dtype)
+    specs = _specs(config, head_of(params, config), source, dtype)
     dtypes = {spec.name: spec.dtype for spec in specs}
     tensors = hf_tensors(params, config, lora=lora, packed=packed)
     stream = ((name, tensor.astype(dtypes[name], copy=False)) for name, tensor in tensors)
     if jax.process_index() == 0:
-        hf_config = config_for_head(source.hf_config, config, head_of(params))
+        hf_config = config_for_head(source.hf_config, config, head_of(params, config))
         write_model(
             out_dir, hf_config, specs, stream, source=f"trained from {source.name}",
             companions=source.write_companions, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
@@ -140,6 +140,8 @@ def stored_dtypes(checkpoint: Checkpoint, config: ModelConfig, names: Iterable[s
 
 def config_for_head(hf_config: Mapping[str, Any], config: ModelConfig, head: str) -> dict[str, Any]:
     """The source's `config.json` with the class that reads this head, and for a score head its labels."""
+    if config.module is not None:  # whose class is the user's
+        return dict(hf_config)
     if head == "lm":
         return {**hf_config, "architectures": [f"{CLASSES[config.family]}ForCausalLM"]}
     kind = "ForTokenClassification" if config.score_bias else "ForSequenceClassification"

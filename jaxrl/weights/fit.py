@@ -51,7 +51,7 @@ def fitted(
             f"{len(checkpoint.tensors)} tensors in all"
         )
     expected = {tensor.name: tensor for tensor in in_order(config, head)}
-    if head == "score":
+    if head == "score" and config.module is None:
         hf_config = load_hf_config(checkpoint.folder) if (checkpoint.folder / "config.json").is_file() else {}
         found = find_head(checkpoint, hf_config, path=head_path)
         checkpoint = with_score(checkpoint, found) if found else checkpoint

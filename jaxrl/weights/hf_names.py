@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, product
 from typing import Any, NamedTuple
 
@@ -182,9 +182,15 @@ class HfTensor:
         return tensor
 
 
+def _user_decoder(config: ModelConfig) -> Any:
+    from ..models.decoder import decoder_class  # only for a user's module: names start no JAX
+
+    return decoder_class(config)
+
+
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """What the letters of the patterns stand for."""
-    return {
+    return (_user_decoder(config).axis_sizes(config) if config.module else {}) | {
         "l": config.num_layers,
         "v": config.vocab_size,
         "d": config.hidden_size,
@@ -204,6 +210,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
 
 def rows(config: ModelConfig, *, head: str = "lm") -> list[Row]:
     """Every array of a model in the order of a forward pass; `head` is "lm", or "score" (critic, reward model)."""
+    if config.module and head == "score":
+        return _user_decoder(config).rows(config, rows(replace(config, module=None)))
     names = FAMILY_NAMES.get(config.family, FamilyNames())
     table = [
         ("embed_tokens.embedding", "embed_tokens", "weight", "v w -> v w", True),
@@ -254,9 +262,9 @@ def embedding_of(config: ModelConfig) -> str:
     return next(row.hf for row in rows(config) if row.ours == "embed_tokens.embedding")
 
 
-def head_of(params: Mapping[str, Any]) -> str:
+def head_of(params: Mapping[str, Any], config: ModelConfig) -> str:
     """Which head a tree of parameters carries."""
-    return "score" if "score" in params else "lm"
+    return "score" if config.module or "score" in params else "lm"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -106,8 +106,7 @@ def to_hf(
     """
     if not config.hf_json:
         raise ValueError("this config does not know the config.json it was made from: take the one that from_hf gave")
-    head, leaves = head_of(params), dict(flatten(params))
-    specs = []
+    head, leaves, specs = head_of(params, config), dict(flatten(params)), []
     for tensor in in_order(config, head):
         row = tensor.parts[0][0]
         kept = config.packed.dtype if config.packed and is_packed(row, config) else leaves[row.ours].dtype

@@ -45,7 +45,7 @@ def load_params(
     Raises ValueError, naming tensor, expected and found, where checkpoint and model differ.
     """
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder)
-    head = head_of(abstract_params)
+    head = head_of(abstract_params, config)
     checkpoint = fitted(
         checkpoint, config, head, allow_missing=allow_missing, head_path=head_path,
         dequantize=dequantize or config.packed is not None,

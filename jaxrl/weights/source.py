@@ -17,6 +17,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from ..models.config import ModelConfig
+from ..models.families import FAMILIES
 from .bnb import dequantized, dequantized_config, packed_tensors
 from .export import config_for_head, stored_dtypes
 from .fit import fitted
@@ -158,7 +159,7 @@ def _run_source(name: str, path: Path, options: Options) -> Source:
     head, settings = head_settings(run.params)
     groups = {ours.split(".")[0]: array.shape[0] for ours, array in run.params.items() if ours.startswith("layers")}
     num_layers = sum(groups.values())
-    hf_config = _with_layers(dequantized_config(run.hf_config), num_layers)
+    hf_config = first_layers(dequantized_config(run.hf_config), num_layers)
     checkpoint = as_checkpoint(path, run.params, ModelConfig.from_hf(hf_config, **settings), head)
     source = _fit(name, checkpoint, hf_config, replace(options, head=head), partial(copy_companions, run.base))
     # Array by array and not layer by layer: a run does not cut its arrays by layers.
@@ -169,9 +170,10 @@ def _run_source(name: str, path: Path, options: Options) -> Source:
     return replace(source, checkpoint=by_array, dtypes=stored_dtypes(open_checkpoint(run.base), source.config, names))
 
 
-def _with_layers(hf_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+def first_layers(hf_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     """The config of the same model with its first layers only: a critic may be shallower than its model."""
-    out = {**hf_config, "num_hidden_layers": int(num_layers)}
+    spelled = FAMILIES[hf_config["model_type"]].spelled.get("num_hidden_layers", "num_hidden_layers")
+    out = {**hf_config, spelled: int(num_layers)}
     if hf_config.get("layer_types"):
         out["layer_types"] = hf_config["layer_types"][:num_layers]
     return out

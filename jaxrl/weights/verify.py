@@ -92,7 +92,7 @@ def _our_outputs(folder: Path, config: ModelConfig, head: str, tokens: np.ndarra
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     with jax.default_matmul_precision("highest"):
         hidden: Any = hidden_states(config, {"params": params}, ids, positions, jnp.ones_like(ids), 0 * ids, head=head)
-        return np.asarray(score(params, hidden) if head == "score" else logits(config, params, hidden))
+        return np.asarray(score(config, params, hidden) if head == "score" else logits(config, params, hidden))
 
 
 def _their_outputs(folder: Path, tokens: np.ndarray, *, is_classifier: bool) -> np.ndarray:
