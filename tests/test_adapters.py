@@ -9,7 +9,9 @@ from letters import add_tokenizer, metrics_of, settings
 
 from jaxrl.config import from_dict
 from jaxrl.trainer import Trainer
+from jaxrl.weights.formats import open_checkpoint
 from jaxrl.weights.peft import open_adapter
+from jaxrl.weights.source import Options, open_source
 
 DATA = Path(__file__).parent / "data" / "peft_lora"
 
@@ -31,6 +33,7 @@ def test_run_goes_on_from_an_adapter_and_leaves_one_with_the_same_ranks_and_patt
     folder = copy("regex_patterns")
     tree = settings(tmp_path / "run", model={"path": str(folder), "compute_dtype": "float32"})
     tree["actor"] |= {"use_kl_loss": True}
+    tree["trainer"]["save_freq"] = 2
     trainer = Trainer(from_dict(tree))
     before = open_adapter(folder)
     trainer.fit()
@@ -41,6 +44,10 @@ def test_run_goes_on_from_an_adapter_and_leaves_one_with_the_same_ranks_and_patt
     moved = [name for name in before.checkpoint.tensors
              if not np.array_equal(before.checkpoint.read(name), after.checkpoint.read(name))]  # fmt: skip
     assert len(moved) == len(before.checkpoint.tensors)
+    saved = open_source(str(tmp_path / "run" / "checkpoints" / "global_step_2"), Options(merge_lora=True)).checkpoint
+    exported = open_checkpoint(tmp_path / "run" / "hf")  # the checkpoint knows the adapter's scales, too
+    for name in exported.tensors:
+        np.testing.assert_allclose(saved.read(name), exported.read(name), rtol=1e-6, atol=1e-7, err_msg=name)
     first = metrics_of(tmp_path / "run")[0]
     assert first["actor/kl_loss"] > 1e-4  # the reference is the base without the adapter that training began from
     assert first["training/rollout_probs_diff_max"] < 1e-4 and (tmp_path / "run" / "hf" / "tokenizer.json").is_file()

@@ -19,13 +19,13 @@ from jaxrl.models.decoder import abstract_params, head_table, hidden_states
 from jaxrl.models.nf4 import dequantize
 from jaxrl.parallel import make_mesh, use_mesh, with_shardings
 from jaxrl.trainer import Trainer
-from jaxrl.weights.bnb import dequantized, dequantized_config
+from jaxrl.weights.bnb import dequantized, dequantized_config, packed_tensors
 from jaxrl.weights.export import hf_tensors
 from jaxrl.weights.folder import load_hf_config
 from jaxrl.weights.formats import open_checkpoint
 from jaxrl.weights.hf_names import flatten
 from jaxrl.weights.load import load_params
-from jaxrl.weights.packed import load_packed, packed_kernels
+from jaxrl.weights.packed import _part, load_packed, packed_kernels
 from jaxrl.weights.peft import open_adapter
 from jaxrl.weights.stored import Checkpoint
 
@@ -94,6 +94,27 @@ def test_packed_forward_is_the_dequantised_one_and_has_the_recorded_logits(name)
     plain = ModelConfig.from_hf(dequantized_config(load_hf_config(DATA / name)))
     params = load_params(DATA / name, plain, abstract_params(plain)[0]["params"], dequantize=True)
     np.testing.assert_allclose(logits, logits_of(plain, {"params": params}, expected["input_ids"]), atol=1e-6)
+
+
+def test_a_host_reads_only_the_rows_of_its_own_devices(two_layers):
+    """One device of eight, as a host of eight would see it."""
+    config, _, checkpoint = load(two_layers)
+    stored = packed_tensors(checkpoint)["model.layers.0.mlp.up_proj.weight"]
+    checkpoint.bytes_read = 0
+    codes = _part(stored, "codes", (320, 32), np.s_[40:80, 0:32])
+    scales = _part(stored, "absmax", (320, 1), np.s_[40:80, 0:1])
+    assert checkpoint.bytes_read == 320 * 64 // 8 // 2 + 320 // 8
+    np.testing.assert_array_equal(codes.reshape(-1), stored.read_codes()[40 * 32 : 80 * 32])
+    np.testing.assert_array_equal(scales.reshape(-1), stored.read_absmax()[40:80])
+
+
+def test_scale_that_is_no_number_is_refused(tmp_path):
+    shutil.copytree(DATA / "llama-nf4-single", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight.absmax"][3] = np.nan
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="scales of a 4-bit matrix hold NaN or infinity"):
+        load(tmp_path / "model")
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])

@@ -98,8 +98,16 @@ def _read(layers: list[Packed], name: str, struct: jax.ShapeDtypeStruct, index: 
 
 def _part(packed: Packed, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray | float:
     if name not in ("codes", "absmax"):
-        return getattr(packed, name)
+        table = getattr(packed, name)
+        if not np.isfinite(table).all():
+            raise ValueError(
+                f"{packed.codes.file}: {name} of a 4-bit matrix holds NaN or infinity, the file is damaged"
+            )
+        return table
     rows, *columns = index  # of bytes, or of scales, in each row of the matrix
     width = math.prod(shape[1:])
     read = packed.read_codes if name == "codes" else packed.read_absmax
-    return read(rows.start * width, rows.stop * width).reshape(-1, *shape[1:])[:, *columns]
+    part = read(rows.start * width, rows.stop * width).reshape(-1, *shape[1:])[:, *columns]
+    if part.dtype.kind == "f" and not np.isfinite(part).all():
+        raise ValueError(f"{packed.codes.file}: scales of a 4-bit matrix hold NaN or infinity, the file is damaged")
+    return part

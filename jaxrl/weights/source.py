@@ -29,7 +29,8 @@ from .hf_names import EMBEDDING, LM_HEAD, axis_sizes, rows, unflatten
 from .locate import fetch_model, resolve
 from .orbax_folder import arrays_under, as_checkpoint, head_settings, is_orbax, open_arrays
 from .peft import Adapter, adapter_folder, base_path, is_adapter, merged, open_adapter
-from .peft_tree import adapter_of
+from .peft_tree import adapter_of, lora_settings
+from .pretrained import open_pretrained
 from .stored import Checkpoint
 
 _log = logging.getLogger(__name__)
@@ -119,12 +120,15 @@ class _Run:
         settings: Any = OmegaConf.load(config_file) if config_file.is_file() else None
         if settings is None and options.base is None:
             raise ValueError(f"{folder} has no config.yaml of its run beside it: name the run's model by --base")
-        self.base_name: str = options.base or _model_of(settings, options.role)
+        model = options.base or _model_of(settings, options.role)
+        if model is None:
+            raise ValueError(f"{folder} is of a run whose model was handed over in Python: name that model by --base")
+        self.base_name = open_pretrained(model).base  # where the model is an adapter, what it adapts
         self.base = resolve(self.base_name)
         self.hf_config = load_hf_config(self.base)
         self.params = arrays_under(self.arrays, f"{options.role}.trained.params.")
         self._lora = arrays_under(self.arrays, f"{options.role}.trained.lora.")
-        self._lora_alpha = None if settings is None else settings.model.lora_alpha
+        self._settings = settings
         if not self.params and not self._lora:
             raise ValueError(f"{folder} holds no weights of {options.role!r}: --role takes actor or critic")
 
@@ -132,19 +136,24 @@ class _Run:
         """What was trained of a model with LoRA."""
         if not self._lora:
             return None
-        if self._lora_alpha is None:
-            raise ValueError(f"{self.folder} has no config.yaml of its run beside it, which says what lora_alpha was")
+        if self._settings is None or self._settings.model.path is None:
+            raise ValueError(
+                f"{self.folder} has no config.yaml of its run beside it that says what lora_alpha was: take the folder "
+                "`adapter` that the run left"
+            )
+        began = open_pretrained(self._settings.model.path, self._settings.model.get("lora_adapter_path")).adapter
+        alpha = self._settings.model.lora_alpha if began is None else lora_settings(began)["lora_alpha"]
         targets = sorted({name.split(".")[-2] for name in self._lora})
         rank = next(array.shape[-1] for name, array in self._lora.items() if name.endswith(".a"))
         config = ModelConfig.from_hf(
             dequantized_config(self.hf_config),
-            lora_rank=int(rank), lora_alpha=float(self._lora_alpha), lora_targets=tuple(targets),
+            lora_rank=int(rank), lora_alpha=float(alpha), lora_targets=tuple(targets),
         )  # fmt: skip
         lora = unflatten({name: np.asarray(array.read().result()) for name, array in self._lora.items()})
         return adapter_of(lora, config, self.base_name, self.folder)
 
 
-def _model_of(settings: Any, role: str) -> str:
+def _model_of(settings: Any, role: str) -> str | None:
     """The model that a role of a run began from, by the run's config."""
     return (settings.critic.path if role == "critic" else None) or settings.model.path
 
