@@ -123,7 +123,8 @@ class _Run:
         model = options.base or _model_of(settings, options.role)
         if model is None:
             raise ValueError(f"{folder} is of a run whose model was handed over in Python: name that model by --base")
-        self.base_name = open_pretrained(model).base  # where the model is an adapter, what it adapts
+        opened = open_pretrained(model)
+        self.base_name = model if opened.adapter is None else opened.base
         self.base = resolve(self.base_name)
         self.hf_config = load_hf_config(self.base)
         self.params = arrays_under(self.arrays, f"{options.role}.trained.params.")
