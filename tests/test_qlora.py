@@ -13,11 +13,14 @@ import pytest
 from letters import add_tokenizer, metrics_of, settings
 from safetensors.numpy import load_file, save_file
 
+from jaxrl.batch import Prompt
 from jaxrl.config import from_dict
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import abstract_params, head_table, hidden_states
 from jaxrl.models.nf4 import dequantize
 from jaxrl.parallel import make_mesh, use_mesh, with_shardings
+from jaxrl.rollout.engine import Sampling
+from jaxrl.rollout.jax_engine import JaxEngine
 from jaxrl.trainer import Trainer
 from jaxrl.weights.bnb import dequantized, dequantized_config, packed_tensors
 from jaxrl.weights.export import hf_tensors
@@ -248,3 +251,18 @@ def test_weights_in_four_bits_without_adapters_are_refused_with_the_fix(two_laye
     with pytest.raises(ValueError, match=r"holds weights in 4 bits.*set model\.lora_rank.*--dequantize"):
         Trainer(from_dict(tree))
     assert not (tmp_path / "run").exists()
+
+
+def test_engine_on_a_mesh_generates_from_the_packed_base_what_one_device_generates(two_layers):
+    prompts = [Prompt([3, 4, 5], "", "test", None, {}, None, 0), Prompt([6, 7], "", "test", None, {}, None, 1)]
+    answers = []
+    for mesh in ((1, 1, 1), (1, 1, 2)):
+        config, variables, _ = load(two_layers, mesh)
+        engine = JaxEngine(config, make_mesh(*mesh), max_num_seqs=2)
+        engine.update_weights(variables, 0)
+        packed = engine.weights["layers"][1]["packed"]["mlp"]["up_proj"]["codes"]
+        assert packed.dtype == np.uint8 and packed.sharding.shard_shape(packed.shape) == (320 // mesh[2], 32)
+        answers.append(engine.generate(prompts, Sampling(max_tokens=4, temperature=0.0), seed=0))
+    for one, other in zip(*answers, strict=True):
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
