@@ -143,13 +143,11 @@ class _Run:
                 "`adapter` that the run left"
             )
         began = open_pretrained(self._settings.model.path, self._settings.model.get("lora_adapter_path")).adapter
-        alpha = self._settings.model.lora_alpha if began is None else lora_settings(began)["lora_alpha"]
+        plain = ModelConfig.from_hf(dequantized_config(self.hf_config))
+        alpha = self._settings.model.lora_alpha if began is None else lora_settings(began, plain)["lora_alpha"]
         targets = sorted({name.split(".")[-2] for name in self._lora})
         rank = next(array.shape[-1] for name, array in self._lora.items() if name.endswith(".a"))
-        config = ModelConfig.from_hf(
-            dequantized_config(self.hf_config),
-            lora_rank=int(rank), lora_alpha=float(alpha), lora_targets=tuple(targets),
-        )  # fmt: skip
+        config = replace(plain, lora_rank=int(rank), lora_alpha=float(alpha), lora_targets=tuple(targets))
         lora = unflatten({name: np.asarray(array.read().result()) for name, array in self._lora.items()})
         return adapter_of(lora, config, self.base_name, self.folder)
 
