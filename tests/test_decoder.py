@@ -254,7 +254,10 @@ def test_both_spellings_of_the_rope_settings_mean_the_same():
         ({"model_type": "mamba"}, "model_type 'mamba' is not a family that jaxrl knows .*bloom.*qwen3_moe"),
         ({"rope_parameters": {"rope_type": "proportional", "factor": 4.0}}, "rope type 'proportional'"),
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "longrope needs 4 of each"),
-        ({"use_sliding_window": True, "layer_types": ["sliding_attention"]}, "kind of 1 layers, and there are 2"),
+        (
+            {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention"]},
+            "kind of 1 layers, and there are 2",
+        ),
         ({"hidden_act": "selu"}, "hidden_act 'selu'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
@@ -273,6 +276,22 @@ def test_adapters_that_would_sit_on_nothing_are_refused_by_name():
         ):
             ModelConfig.from_hf(hf_config, lora_rank=2, lora_targets=targets)
         ModelConfig.from_hf(hf_config, lora_rank=2, lora_targets=(*targets, "q_proj"))
+
+
+def test_null_is_without_and_a_key_that_is_left_out_is_the_default_of_its_class():
+    def read(name, drop=(), **change):
+        given = load_hf_config(DATA / "hf_torch" / name) | change
+        return ModelConfig.from_hf({key: value for key, value in given.items() if key not in drop})
+
+    assert read("mistral-swa", sliding_window=None).window == 0  # Mistral 7B v0.2 and later
+    assert read("mistral-swa", drop=["sliding_window"]).window == 4096
+    without = read("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (without.attention_softcap, without.logit_softcap) == (0.0, 0.0)
+    default = read("gemma2", drop=["attn_logit_softcapping", "final_logit_softcapping"])
+    assert (default.attention_softcap, default.logit_softcap) == (50.0, 30.0)
+    assert read("granite", drop=["attention_multiplier"]).attention_scale == 1.0
+    assert read("gemma2", drop=["tie_word_embeddings"]).tie_embeddings
+    assert not read("phi3", drop=["tie_word_embeddings"]).tie_embeddings
 
 
 def test_files_of_transformers_4_mean_what_those_of_transformers_5_say():

@@ -26,6 +26,11 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
 _PATTERNS = {"sliding_window_pattern", "max_window_layers", "no_rope_layer_interval", "attention_types"}
+_NULL_IS_NONE = {
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+}  # null: without, not the default
 _MOST_LAYERS = 10_000
 # What would change the numbers and is not built: the key, and the values that mean "not used".
 _UNSUPPORTED = {
@@ -220,6 +225,8 @@ class ModelConfig:
 
         def get(key: str, default: Any = None) -> Any:
             spelled = family.spelled.get(key, key)
+            if key in _NULL_IS_NONE and spelled in config and config[spelled] is None:
+                return default
             for where in (config, family.defaults):
                 for spelling in (spelled, key):
                     if where.get(spelling) is not None:

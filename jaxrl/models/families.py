@@ -98,7 +98,7 @@ FAMILIES: dict[str, Family] = {
                           "original_max_position_embeddings": 4096}},
         {"norm": "rms_float32", "sinks": True, "expert_bias": True},
     ),
-    "granite": Family("Granite"),
+    "granite": Family("Granite", {"attention_multiplier": 1.0}),
     "starcoder2": Family(
         "Starcoder2",
         {"use_bias": True, "sliding_window": None, "norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh",
