@@ -12,7 +12,7 @@ EXIT_CODE = 128 + signal.SIGTERM  # not 0, or a scheduler would take the run for
 class Preemption:
     """Within it, SIGTERM is noted instead of ending the process; the trainer looks after each step.
 
-    A second one ends the process at once. Outside the main thread, where Python takes no signals, nothing is noted.
+    Outside the main thread, where Python takes no signals, nothing is noted.
     """
 
     noticed = False
@@ -24,8 +24,7 @@ class Preemption:
         return self
 
     def _notice(self, signum: int, frame: FrameType | None) -> None:
-        self.noticed = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.noticed = True  # launchers and schedulers may send it more than once
 
     def __exit__(self, *_: object) -> None:
         if self._takes_signals:
