@@ -1,8 +1,10 @@
 """Launchers: processes that end together, the one that failed by name, and what is run on each host."""
 
+import importlib.util
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxrl.config import load
 from jaxrl.link import PEER_LOST
 from jaxrl.preemption import EXIT_CODE
 
@@ -169,3 +172,61 @@ def test_a_host_file_that_is_not_there_is_said(remote):
     process = remote("ssh.sh", "nowhere", "--config", "c.yaml")
     assert process.communicate(timeout=30)[1] == "error: the host file nowhere is not there: write one host a line\n"
     assert process.returncode == 1
+
+
+HOST = ROOT / "scripts" / "launch" / "host.py"
+BESIDE = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("host", {str(HOST)!r})
+host = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(host)
+shell = lambda code: ["bash", "-c", code]
+sys.exit(host.run(shell(sys.argv[1]), [(f"http://here:{{i}}", shell(code)) for i, code in enumerate(sys.argv[2:])]))
+"""
+
+
+def test_a_host_starts_the_vllm_servers_that_the_config_puts_on_it(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("host", HOST)
+    assert spec is not None and spec.loader is not None
+    host = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(host)
+    (tmp_path / "config.json").write_text("{}")
+    urls = "[http://127.0.0.1:8001,http://no.such.host.invalid:8001,http://localhost:8002]"
+    overrides = [f"model.path={tmp_path}", "rollout.engine=vllm", f"rollout.vllm.urls={urls}"]
+    config = ROOT / "configs" / "ppo_gsm8k_qwen2_7b.yaml"
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="set VLLM_API_KEY"):
+        host.server_commands(load(config, overrides))
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("VLLM_PYTHON", "/opt/vllm/bin/python")
+    servers = host.server_commands(load(config, overrides))
+    assert [url for url, _ in servers] == ["http://127.0.0.1:8001", "http://localhost:8002"]
+    command = servers[1][1]
+    assert command[:3] == ["/opt/vllm/bin/python", str(ROOT / "scripts" / "serve_vllm.py"), str(tmp_path)]
+    assert command[command.index("--port") + 1] == "8002"
+    known = subprocess.run([sys.executable, command[1], "--help"], capture_output=True, text=True).stdout
+    assert all(flag in known for flag in command if flag.startswith("--"))
+    assert host.server_commands(load(config, [f"model.path={tmp_path}"])) == []
+
+
+@pytest.mark.parametrize(
+    ("trainer", "server", "code", "verdict"),
+    [
+        ("exit 0", "exec sleep 100", 0, ""),
+        ("exit 3", "exec sleep 100", 3, ""),  # it said why itself
+        (
+            "exec sleep 100",
+            "exit 4",
+            4,
+            "error: vLLM server http://here:0 on {host} ended with exit code 4; the run ends",
+        ),
+    ],
+)
+def test_trainer_and_servers_of_a_host_end_together(trainer, server, code, verdict):
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE, trainer, server], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (code, verdict.format(host=socket.gethostname()))
+    assert time.monotonic() - start < 30

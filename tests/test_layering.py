@@ -57,8 +57,8 @@ COMPILES = {"update", "prepare", "roles", "rollout"}
 
 # What a launcher, a sidecar or a dataset script imports; JAX would take seconds and the accelerator.
 WITHOUT_JAX = [
-    "cluster", "link", "launching", "config", "batch", "packing", "tasks", "progress", "user_code", "rewards", "sources", "data",
-    "rollout.engine", "rollout.protocol", "rollout.vllm_adapter", "rollout.vllm_server", "rollout.vllm_process",
+    "cluster", "link", "launching", "config", "batch", "packing", "tasks", "progress", "user_code", "rewards", "sources",
+    "data", "rollout.engine", "rollout.protocol", "rollout.vllm_adapter", "rollout.vllm_server", "rollout.vllm_process",
     "models.config", "weights.folder", "weights.hf_names", "weights.safetensors_writer", "weights.gguf",
 ]  # fmt: skip
 

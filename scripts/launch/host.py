@@ -89,11 +89,13 @@ def run(trainer: list[str], servers: list[tuple[str, list[str]]]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
+    for flag in ("--coordinator", "--num-processes", "--process-id"):
+        parser.add_argument(flag, help="as scripts/train.py takes it")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
-    args, _ = parser.parse_known_args()
+    args = parser.parse_args()
     trainer = [sys.executable, "-u", str(SCRIPTS / "train.py"), *sys.argv[1:]]
     try:
-        servers = server_commands(load(args.config, [item for item in args.overrides if "=" in item]))
+        servers = server_commands(load(args.config, args.overrides))
     except ValueError as error:
         sys.exit(f"error: on {socket.gethostname()}: {error}")
     if not servers:
