@@ -25,6 +25,8 @@ def main() -> None:
     try:
         c = config.load(args.config, args.overrides)
         place = cluster.find(args.coordinator, args.num_processes, args.process_id)
+        if place is not None and place.process_id > 0:
+            console.setLevel(logging.ERROR)  # the first says it for all; each has its log file
         from jaxrl import distributed  # JAX starts only once the config holds together
         from jaxrl.host_memory import keep_freed_memory
 

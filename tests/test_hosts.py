@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from test_link import free_port
 from test_trainer import model, numbers_of, settings  # noqa: F401 (fixtures)
 
 from jaxrl.config import from_dict
@@ -115,6 +116,8 @@ def test_any_number_of_processes_takes_the_same_steps_and_a_dead_one_is_survived
     assert {path.name for path in (two.folder / "logs").iterdir()} == {"process_0.log", "process_1.log"}
     assert f"step {STEPS} of {STEPS} took" in (two.folder / "logs" / "process_1.log").read_text()
     assert text.count("] step ") == STEPS  # printed by one process
+    state = two.folder / "checkpoints" / f"global_step_{STEPS}" / "state"
+    assert all((state / f"ocdbt.process_{i}").is_dir() for i in (0, 1))  # each wrote its part
     assert len((two.folder / "samples.jsonl").read_text().splitlines()) == 32 * STEPS
 
     four = launch("four", 4)
@@ -132,9 +135,7 @@ def test_any_number_of_processes_takes_the_same_steps_and_a_dead_one_is_survived
     pid = four.pid(3)
     os.kill(pid, signal.SIGKILL)
     code, text = four.ended(within_s=60)
-    assert code == 128 + signal.SIGKILL and re.search(
-        r"error: process 3 on \S+ was killed by SIGKILL", text
-    )
+    assert code == 128 + signal.SIGKILL and re.search(r"error: process 3 on \S+ was killed by SIGKILL", text)
     news = rf"error: process 3 \(host \S+, pid {pid}\) has died: its connection was closed; the last step it finished was \d"
     for i in (0, 1, 2):
         assert re.search(rf"\[{i}\] {news}", text), text
@@ -152,6 +153,53 @@ def test_any_number_of_processes_takes_the_same_steps_and_a_dead_one_is_survived
     assert code == 0, text
     assert f"] step {saved + 1:>2}/{STEPS}" in text and f"] step {saved:>2}/{STEPS}" not in text
     assert outcome(four.folder) == outcome(one.folder)
+
+
+READ = """
+import sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from jaxrl.cluster import Place
+from jaxrl.config import from_dict
+from jaxrl.distributed import start
+from jaxrl.models.config import ModelConfig
+from jaxrl.parallel import make_mesh
+from jaxrl.roles import abstract_variables
+from jaxrl.weights.formats import open_checkpoint
+from jaxrl.weights.load import load_hf_config, load_params
+
+address, process_id, model = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+c = from_dict({"model": {"path": model}, "data": {"train_files": "none"}, "trainer": {"experiment_name": "read"},
+               "reward": {"functions": [{"name": "exact_number"}]}})
+with start(Place(address, 2, process_id), c):
+    checkpoint, config = open_checkpoint(model), ModelConfig.from_hf(load_hf_config(model))
+    abstract = abstract_variables(make_mesh(1, 2, 1), config, "lm")["params"]
+    params = load_params(checkpoint, config, abstract)
+    size = checkpoint.tensors["model.embed_tokens.weight"].dtype.itemsize
+    mine = sum(shard.data.size * size for x in jax.tree.leaves(params) for shard in x.addressable_shards)
+    total = sum(x.size * size for x in jax.tree.leaves(params))
+    whole = multihost_utils.process_allgather(params["embed_tokens"]["embedding"], tiled=True)
+    assert np.array_equal(whole, checkpoint.read("model.embed_tokens.weight", (slice(None), slice(None))))
+    print("read", mine, checkpoint.bytes_read - whole.size * size, total, flush=True)
+"""
+
+
+def test_each_process_reads_only_its_slices_of_a_checkpoint(model):  # noqa: F811
+    address = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", READ, address, str(i), str(model)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        out, _ = process.communicate(timeout=200)
+        mine, read, total = map(int, re.search(r"read (\d+) (\d+) (\d+)", out).groups())
+        assert read == mine < 0.6 * total, out
 
 
 SIGTERM_ONCE = """
