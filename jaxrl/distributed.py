@@ -33,8 +33,12 @@ def start(place: Place | None, c: Config) -> Link:
     if place is None:
         return link
     settings = flat(c)
-    check_same(link, "the code", {**_code(), **_user_files(settings)})
-    check_same(link, "the config", settings)
+    try:
+        check_same(link, "the code", {**_code(), **_user_files(settings)})
+        check_same(link, "the config", settings)
+    except ValueError:  # everywhere the same: leave together, so that no one takes another's end for a death
+        link.close()
+        raise
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is the trainer's
     address = link.relay()
     jax.distributed.initialize(

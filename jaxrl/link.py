@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 import traceback
@@ -135,8 +136,8 @@ class Link:
             self._loop.call_soon_threadsafe(channel.send, news)
         text = self._failure if is_message else "".join(traceback.format_exception(error)).rstrip()
         log.error("%s", text)
-        time.sleep(0.5)  # for the news to leave; the usual way out would wait for the others in JAX
-        os._exit(1)
+        time.sleep(0.5)  # for the news to leave
+        _leave(1)
 
     def _lose(self, process_id: int, reason: str) -> None:
         """Process `process_id` is gone: tell the others, say so, end."""
@@ -152,11 +153,11 @@ class Link:
     async def _end(self, process_id: int, reason: str) -> None:
         text = (
             f"error: {self.name_of(process_id)} {reason}; the last step it finished was {self._steps[process_id]}. "
-            f"P{self.name[1:]} ends with it. Give the same command again to go on from the last checkpoint."
+            f"This is {self.name}: it ends too. Give the same command again to go on from the last checkpoint."
         )
         log.error("%s", text)
         await asyncio.sleep(0.5)  # for the news to leave
-        os._exit(PEER_LOST)
+        _leave(PEER_LOST)
 
     # The loop's side: everything below runs in the thread of the link.
 
@@ -175,7 +176,7 @@ class Link:
                 hello = await asyncio.wait_for(channel.receive(), _HELLO_TIMEOUT_S)
             if hello == _RELAY:
                 await _pipe(channel, *await asyncio.open_connection("127.0.0.1", self._service_port))
-            elif isinstance(hello, dict) and "process_id" in hello:
+            elif isinstance(hello, dict) and hello.keys() == {"process_id", "num_processes", *self._peers[0]}:
                 arrivals.put_nowait((hello, channel))
             else:  # not one of ours
                 writer.close()
@@ -376,6 +377,12 @@ def _reason(error: BaseException) -> str:
 def _listed(numbers: list[int]) -> str:
     text = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
     return f"process {text} is" if len(numbers) == 1 else f"processes {text} are"
+
+
+def _leave(code: int) -> None:
+    """End this process at once: the usual way out would wait for the others in JAX."""
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _free_port() -> int:

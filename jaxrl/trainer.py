@@ -40,6 +40,7 @@ from .progress import Progress, plot_rewards
 from .reward_model import RewardModel
 from .rewards import Score, Scorer, make_scorer
 from .rewards.custom import InThisProcess
+from .rewards.shared import shared
 from .roles import Roles, model_config, policy_loss
 from .rollout.engine import Engine
 from .rollout.jax_engine import JaxEngine
@@ -212,7 +213,8 @@ class Trainer:
         r = self.config.reward
         started = {}
         if given is not None:
-            started["reward"] = InThisProcess(given, timeout_s=r.timeout_s, max_concurrent=64), 1.0
+            here = InThisProcess(given, timeout_s=r.timeout_s, max_concurrent=64)
+            started["reward"] = shared("reward", here, self.link), 1.0
         if r.model.path is not None:
             tokens = self.config.critic.ppo_max_token_len_per_gpu
             started["model"] = (

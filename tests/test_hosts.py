@@ -73,8 +73,9 @@ def launch(settings, tmp_path):  # noqa: F811
 
     def start(name: str, num_processes: int) -> Launched:
         tree = settings(
-            name, data__val_files=None, trainer__total_training_steps=STEPS, trainer__save_freq=1,
-            trainer__heartbeat_timeout_s=6.0, trainer__max_ckpt_to_keep=2, mesh={"data": 1, "fsdp": 2, "tensor": 2},
+            name, data__val_files=None, algorithm__adv_estimator="grpo", trainer__total_training_steps=STEPS,
+            trainer__save_freq=1, trainer__heartbeat_timeout_s=6.0, trainer__max_ckpt_to_keep=2,
+            mesh={"data": 1, "fsdp": 2, "tensor": 2},
         )  # fmt: skip
         (tmp_path / "reward.py").write_text(REWARD)
         (tmp_path / f"{name}.json").write_text(json.dumps(tree))  # JSON is YAML
@@ -128,7 +129,7 @@ def test_any_number_of_processes_takes_the_same_steps_and_a_dead_one_is_survived
     assert code == 128 + signal.SIGKILL and "did not answer any more and was killed" in text
     news = rf"error: process 1 \(host \S+, pid {pid}\) has not been heard of for 6 s; the last step it finished was \d"
     for i in (0, 2, 3):
-        assert re.search(rf"\[{i}\] {news}\. Process {i} .* go on from the last checkpoint", text), text
+        assert re.search(rf"\[{i}\] {news}\. This is process {i} .* go on from the last checkpoint", text), text
 
     four = launch("four", 4)
     four.wait_for(6)

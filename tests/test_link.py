@@ -16,6 +16,8 @@ import pytest
 from jaxrl.cluster import Place
 from jaxrl.distributed import check_same
 from jaxrl.link import PEER_LOST, Link
+from jaxrl.rewards.score import Sample, Score
+from jaxrl.rewards.shared import shared
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +103,34 @@ def test_hosts_that_differ_are_named_with_what_differs():
     errors = together(places(3), do)
     for error in errors:
         assert "process 2 (host" in str(error) and "do not agree on the config: actor.optim.lr is 1e-05" in str(error)
+
+
+def test_processes_share_the_samples_of_a_reward_and_one_of_whole_batches_runs_once():
+    def do(link: Link):
+        calls: list[list[str]] = []
+
+        class Counted:
+            def __init__(self, whole_batch: bool):
+                self.whole_batch = whole_batch
+
+            def score(self, samples):
+                calls.append([sample.response for sample in samples])
+                error = "it is empty"
+                return [Score(len(s.response) / 3, {"x": 0.1}, None if s.response else error) for s in samples]
+
+            def close(self):
+                calls.append(["closed"])
+
+        samples = [Sample("", text, None, "", {}, 1, True) for text in ("a", "", "ccc", "dd", "e")]
+        reward, whole = shared("one", Counted(False), link), shared("two", Counted(True), link)
+        return reward.score(samples), whole.score(samples), reward.score(samples[:1]), calls
+
+    first, second = together(places(2), do)
+    assert first[:3] == second[:3]
+    scores = [Score(n / 3, {"x": 0.1}, None if n else "it is empty") for n in (1, 0, 3, 2, 1)]
+    assert first[:3] == (scores, scores, scores[:1])
+    assert first[3] == [["a", "ccc", "e"], ["a", "", "ccc", "dd", "e"], ["a"]]
+    assert second[3] == [["closed"], ["", "dd"]]
 
 
 def test_a_coordinator_that_is_not_there_is_an_error_within_the_time():
@@ -201,7 +231,7 @@ def test_a_dead_process_is_news_to_all_others_with_its_name_and_last_step(signum
                 _, errors = process.communicate(timeout=30)
                 assert process.returncode == PEER_LOST
                 name = f"process {victim} (host {socket.gethostname()}, pid {processes[victim].pid})"
-                assert f"error: {name} {how}; the last step it finished was 7. Process {i} " in errors
+                assert f"error: {name} {how}; the last step it finished was 7. This is process {i} " in errors
         assert time.monotonic() - start < within_s + 5  # the bound, and room for a busy machine
     finally:
         for process in processes:

@@ -97,6 +97,7 @@ class InThisProcess:
     def __init__(self, function: Callable[..., Any], *, timeout_s: float, max_concurrent: int):
         name = getattr(function, "__name__", type(function).__name__)
         self._function = bind(function, name, {}, timeout_s=timeout_s, max_concurrent=max_concurrent)
+        self.whole_batch = self._function.kind == "batch"
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         """One score for each sample, in their order."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from jaxrl.link import Link
 from jaxrl.rewards.builtin import REWARDS, check_arguments
 from jaxrl.rewards.score import Sample, Score, combine, excerpt, score_one
-from jaxrl.rewards.shared import Reward, Shared
+from jaxrl.rewards.shared import Reward, shared
 from jaxrl.rewards.workers import WorkerPool
 
 _logger = logging.getLogger(__name__)
@@ -69,9 +69,7 @@ def make_scorer(
             reward = _start(name, kwargs, timeout_s=timeout_s, num_workers=num_workers, max_concurrent=max_concurrent)
             stack.callback(reward.close)
             label = _label(name, rewards)
-            if link is not None and link.num_processes > 1:
-                reward = Shared(label, reward, link)
-            rewards[label], weights[label] = reward, weight
+            rewards[label], weights[label] = shared(label, reward, link), weight
         stack.pop_all()
     for name, (reward, weight) in (started or {}).items():
         label = _label(name, rewards)

@@ -20,6 +20,11 @@ class Reward(Protocol):
     def close(self) -> None: ...
 
 
+def shared(name: str, reward: Reward, link: Link | None) -> Reward:
+    """`reward` itself in a run of one process."""
+    return reward if link is None or link.num_processes == 1 else Shared(name, reward, link)
+
+
 class Shared:
     """A reward whose samples are dealt out to the processes; one that wants the whole batch runs on process 0."""
 
