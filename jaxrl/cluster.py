@@ -111,7 +111,9 @@ def _slurm(environ: Mapping[str, str], coordinator: str | None) -> Place | None:
         return None
     if coordinator is None:  # a port that two jobs on a node do not share
         coordinator = f"{first_host(environ['SLURM_STEP_NODELIST'])}:{60_000 + job % 4096}"
-    one_each = environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
+    one_each = re.fullmatch(
+        r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    )  # "2(x3),1": two on three nodes
     return Place(coordinator, num_tasks, process_id, None if one_each else (local_id,))
 
 

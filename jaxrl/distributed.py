@@ -46,6 +46,12 @@ def start(place: Place | None, c: Config) -> Link:
         cluster_detection_method="deactivate", coordinator_bind_address=address if link.is_first else None,
         initialization_timeout=int(start_timeout_s), heartbeat_timeout_seconds=int(3 * timeout_s + 60),
     )  # fmt: skip
+    numbers = link.gather("the number in JAX", jax.process_index())
+    if numbers != list(range(place.num_processes)):  # a TPU numbers its hosts itself
+        link.close()
+        raise ValueError(
+            f"JAX numbers the processes 0 to {place.num_processes - 1} as {numbers}: start them in its order"
+        )
     return link
 
 

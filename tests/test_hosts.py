@@ -246,3 +246,27 @@ def test_a_mesh_larger_than_the_devices_is_refused_by_every_process(launch, tmp_
     for i in (0, 1):
         assert f"[{i}] error: mesh 1x2x2 needs 4 devices and there are 2" in done.stdout
     assert not run.folder.exists()
+
+
+def test_hosts_with_another_config_or_no_coordinator_are_refused_before_anything_is_loaded(settings, tmp_path):  # noqa: F811
+    config = tmp_path / "disagree.json"
+    config.write_text(json.dumps(settings("disagree", trainer__start_timeout_s=60)))
+    train = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(config), "--num-processes", "2"]
+    address = f"127.0.0.1:{free_port()}"
+
+    def start(process_id: int, override: str) -> subprocess.Popen:
+        command = [*train, override, "--coordinator", address, "--process-id", str(process_id)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    for process in [start(0, "actor.optim.lr=1e-6"), start(1, "actor.optim.lr=1e-5")]:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert re.fullmatch(
+            r"error: process 1 \(host \S+, pid \d+\) and process 0 \(.*\) do not agree on the config: actor.optim.lr is "
+            r"1e-05 on the one and 1e-06 on the other.*\n",
+            errors,
+        ), errors
+    alone = start(1, "trainer.start_timeout_s=0.5")
+    assert "could not reach the coordinator 127.0.0.1:" in alone.communicate(timeout=120)[1]
+    assert alone.returncode == 1 and not (tmp_path / "disagree").exists()
