@@ -102,7 +102,7 @@ def wait(members: Sequence[Member]) -> int:
     ended: list[Member] = []  # in their order
     while len(ended) < len(members):
         ended += [member for member in members if member.code is not None and member not in ended]
-        if deadline is None and any(member.code for member in ended):
+        if deadline is None and any(member.code not in (0, PREEMPTED) for member in ended):
             deadline = time.monotonic() + PATIENCE_S
         if deadline is not None and time.monotonic() > deadline:
             break
