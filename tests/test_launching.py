@@ -46,7 +46,7 @@ def test_the_first_that_ends_badly_ends_the_others_and_is_named(commands, code, 
     process = group(*commands)
     out, errors = process.communicate(timeout=60)
     assert (process.returncode, errors[: len(verdict)]) == (code, verdict)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 100
     if not code:
         assert sorted(out.splitlines()) == ["[0] one", "[1] two"]
 
@@ -57,7 +57,7 @@ def test_sigterm_is_handed_on_and_is_no_failure():
     assert process.stdout is not None
     assert [process.stdout.readline().split()[1] for _ in range(2)] == ["ready", "ready"]
     process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (EXIT_CODE, "")
     assert sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
 
@@ -113,7 +113,7 @@ def remote(tmp_path):
 def test_ssh_starts_every_host_with_its_number(remote, tmp_path):
     (tmp_path / "hosts").write_text("# two hosts\nme@first\nsecond  # the other\n")
     process = remote("ssh.sh", str(tmp_path / "hosts"), "--config", "c.yaml", "data.system_prompt=it's a b")
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
     arguments = (
         "scripts/launch/host.py --config c.yaml data.system_prompt=it's a b --num-processes 2 --coordinator first:8476"
@@ -128,10 +128,10 @@ def test_ssh_starts_every_host_with_its_number(remote, tmp_path):
 def test_ssh_names_the_host_that_failed_or_is_down(remote, tmp_path):
     (tmp_path / "hosts").write_text("first\nsecond\n")
     process = remote("ssh.sh", str(tmp_path / "hosts"), "--config", "c.yaml", "fail=1")
-    assert "error: host second ended with exit code 5; the run has ended" in process.communicate(timeout=30)[1]
+    assert "error: host second ended with exit code 5; the run has ended" in process.communicate(timeout=120)[1]
     (tmp_path / "hosts").write_text("first\ndown\n")
     process = remote("ssh.sh", str(tmp_path / "hosts"), "--config", "c.yaml")
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=120)
     assert "[down] ssh: connect to host down port 22: No route to host" in out
     assert "error: host down could not be reached" in errors and process.returncode == 255
 
@@ -144,7 +144,7 @@ def test_the_end_of_the_launcher_is_a_preemption_of_the_hosts(remote, tmp_path, 
     seen = [process.stdout.readline() for _ in range(4)]
     assert sum("waiting" in line for line in seen) == 2
     process.send_signal(signum)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     if signum == signal.SIGTERM:
         assert process.returncode == EXIT_CODE and sorted(out.splitlines()) == ["[first] saved", "[second] saved"]
     deadline = time.monotonic() + 20
@@ -155,7 +155,7 @@ def test_the_end_of_the_launcher_is_a_preemption_of_the_hosts(remote, tmp_path, 
 
 def test_a_tpu_pod_is_started_on_each_of_its_workers(remote, tmp_path):
     process = remote("tpu_pod.sh", "pod", "z", "--config", "c.yaml")
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert sorted(line.partition(":")[0] for line in out.splitlines()) == [
         f"[pod worker {i}] key 6 in {tmp_path}/run here" for i in range(2)
@@ -164,13 +164,13 @@ def test_a_tpu_pod_is_started_on_each_of_its_workers(remote, tmp_path):
     process = remote("tpu_pod.sh", "no-pod", "z", "--config", "c.yaml")
     assert (
         "error: gcloud does not know the TPU VM no-pod in zone z: ERROR: NOT_FOUND"
-        in process.communicate(timeout=30)[1]
+        in process.communicate(timeout=120)[1]
     )
 
 
 def test_a_host_file_that_is_not_there_is_said(remote):
     process = remote("ssh.sh", "nowhere", "--config", "c.yaml")
-    assert process.communicate(timeout=30)[1] == "error: the host file nowhere is not there: write one host a line\n"
+    assert process.communicate(timeout=120)[1] == "error: the host file nowhere is not there: write one host a line\n"
     assert process.returncode == 1
 
 
@@ -229,4 +229,4 @@ def test_trainer_and_servers_of_a_host_end_together(trainer, server, code, verdi
         text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stderr.strip()) == (code, verdict.format(host=socket.gethostname()))
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 100
