@@ -73,14 +73,15 @@ class Ahead:
             "prompts": [prompt.index for prompt in e.prompts],
             "rollouts": [[r.group, len(r.token_ids), r.finished, r.weights_version, r.num_turns] for r in e.rollouts],
             "scores": [[score.reward, score.metrics, score.error] for score in e.scores],
-            "texts": e.texts, "baselines": None if e.baselines is None else e.baselines.tolist(), "epoch": e.epoch,
+            "baselines": None if e.baselines is None else e.baselines.tolist(), "epoch": e.epoch,
             "metrics": e.metrics,
         }  # fmt: skip
 
-    def restore(self, arrays: Arrays, meta: dict[str, Any] | None, prompt_of: Callable[[int], Prompt]) -> None:
-        """`prompt_of` gives the prompt of a row of the dataset."""
-        if meta is None:
-            return
+    def restore(
+        self, arrays: Arrays, meta: dict[str, Any], *, prompt_of: Callable[[int], Prompt],
+        text_of: Callable[[Rollout], str],
+    ) -> None:  # fmt: skip
+        """Makes what `state` gave ready again. `prompt_of` gives the prompt of a row of the dataset."""
         rollouts = [
             Rollout(
                 group, arrays["token_ids"][b, :length], arrays["logprobs"][b, :length], finished, version,
@@ -91,9 +92,8 @@ class Ahead:
         scores = [Score(reward, metrics, error) for reward, metrics, error in meta["scores"]]
         baselines = None if meta["baselines"] is None else np.array(meta["baselines"], np.float32)
         prompts = [prompt_of(index) for index in meta["prompts"]]
-        self.ready = Experience(
-            prompts, rollouts, scores, meta["texts"], baselines, meta["epoch"], meta["metrics"], {"collect": 0.0}
-        )
+        texts = [text_of(rollout) for rollout in rollouts]
+        self.ready = Experience(prompts, rollouts, scores, texts, baselines, meta["epoch"], meta["metrics"])
 
 
 def empty_arrays(num_sequences: int, max_tokens: int) -> Arrays:

@@ -88,13 +88,16 @@ class Collector:
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[str], list[Score]]:
         """The text of each rollout, without special tokens, and what it earned."""
-        texts = [str(self.tokenizer.decode(r.token_ids, skip_special_tokens=True)) for r in rollouts]
+        texts = [self.text_of(rollout) for rollout in rollouts]
         owners = [prompts[r.group] for r in rollouts]
         return texts, self.scorer([
             Sample(prompt=p.text, response=text, ground_truth=p.ground_truth, data_source=p.data_source,
                    extra_info=p.extra_info, response_length=len(r.token_ids), finished=r.finished, messages=p.messages)
             for p, r, text in zip(owners, rollouts, texts, strict=True)
         ])  # fmt: skip
+
+    def text_of(self, rollout: Rollout) -> str:
+        return str(self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
 
     def _sampling(self, settings: RolloutSection | ValKwargs, *, greedy: bool = False) -> Sampling:
         most = self.config.data.max_response_length

@@ -230,9 +230,8 @@ class _Case:
         c, policy = self.doctor.c, policy or self.doctor.policy
         most = c.data.max_response_length
         sequences = Sequences.of(prompts or self.prompts, self.rollouts, most)
-        longest = most + max(c.data.max_prompt_length, *(len(ids) for ids in sequences.prompts)) if prompts else most
-        longest = max(longest, c.data.max_prompt_length + most)
-        row, rows, num = -(-(longest + 8) // 128) * 128, num_row_shards(policy.mesh), len(self.rollouts)
+        longest = most + max(c.data.max_prompt_length, *(len(ids) for ids in sequences.prompts))
+        row, rows, num = -(-longest // 128) * 128, num_row_shards(policy.mesh), len(self.rollouts)
         layout = pack(
             sequences, range(num), row_length=row, rows_per_micro_batch=rows, share_prompt=c.trainer.share_prompt,
             max_micro_batches=max_micro_batches(num, longest, row, rows),

@@ -118,7 +118,7 @@ class Trainer:
         )  # fmt: skip
         self.ahead = Ahead(self.collector.collect, ahead=c.trainer.trainer_mode == "one_step_off", last=self.steps)
         if waiting is not None:
-            self.ahead.restore(*waiting, train.of_row)
+            self.ahead.restore(*waiting, prompt_of=train.of_row, text_of=self.collector.text_of)
         if c.rollout.max_probs_diff is not None:
             self._check_agreement(c.rollout.max_probs_diff)
 
