@@ -110,7 +110,7 @@ def to_hf(
     for tensor in in_order(config, head):
         row = tensor.parts[0][0]
         kept = config.packed.dtype if config.packed and is_packed(row, config) else leaves[row.ours].dtype
-        specs.append(TensorSpec(tensor.name, tensor.shape, np.dtype(dtype or kept)))
+        specs.append(TensorSpec(tensor.name, tensor.shape, np.dtype(kept) if dtype is None else dtype_named(dtype)))
     hf_config = config_for_head(json.loads(config.hf_json), config, head)
     tensors = (
         (spec.name, np.ascontiguousarray(tensor.astype(spec.dtype, copy=False)))
