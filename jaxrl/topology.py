@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,15 +109,6 @@ def described(topology: str) -> Topology:
         )
     hardware = HARDWARE[kind]
     return {"cuda": _gpus, "tpu": _tpus, "cpu": _cpus}[hardware.platform](topology, hardware, sizes)
-
-
-def local(devices: Sequence[jax.Device] | None = None) -> Topology:
-    """The devices that are here. One that is in no table is described by what it says of itself, without speeds."""
-    devices = tuple(jax.devices() if devices is None else devices)
-    kind = devices[0].device_kind.lower().replace(" lite", "e")
-    name = next((name for name in HARDWARE if name in kind), "cpu")
-    per_node = max(1, sum(d.process_index == devices[0].process_index for d in devices))
-    return Topology(f"{len(devices)} x {devices[0].device_kind}", HARDWARE[name], devices, per_node)
 
 
 def _gpus(name: str, hardware: Hardware, sizes: list[int]) -> Topology:

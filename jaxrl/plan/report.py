@@ -63,6 +63,7 @@ class Plan:
 
     topology: str
     hardware: str
+    source: str  # of the hardware's numbers
     memory: float  # of a device, bytes
     mesh: dict[str, int]
     resident: dict[str, int]  # bytes on a device throughout, by name
@@ -105,7 +106,8 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     run = programs_of(c, roles_of(c, mesh))
     host = {name: waiting_bytes(tree) if name in run.offloaded else 0 for name, tree in run.resident.items()}
     device = {name: bytes_of(tree) - host[name] for name, tree in run.resident.items()}
-    plan = Plan(topology.name, topology.hardware.name, topology.hardware.memory, dict(mesh.shape), device, host)
+    hardware = topology.hardware
+    plan = Plan(topology.name, hardware.name, hardware.source, hardware.memory, dict(mesh.shape), device, host)
     names = [work.name for work in run.work]
     if unknown := set(only or ()) - set(names):
         raise ValueError(f"the run has no program {', '.join(sorted(unknown))}: it has {', '.join(names)}")
@@ -194,6 +196,7 @@ def table(plan: Plan) -> str:
         "",
         f"a step at best {plan.step_seconds:.1f} s, {plan.step_seconds_one_by_one:.1f} s if nothing overlaps "
         "(every sequence at full length)",
+        f"by {plan.source}",
         verdict(plan),
     ]
     return "\n".join(lines)
