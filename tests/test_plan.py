@@ -250,7 +250,7 @@ def test_the_verdict_says_by_how_much_and_what_to_change():
     found = plan("2x2x2")
     assert verdict(found).startswith("fits: 8.0 GB of 8.0 left at the peak")
     small = dataclasses.replace(found, memory=1e5)
-    assert not small.fits and "does not fit: " in verdict(small) and "raise mesh.fsdp" in table(small)
+    assert not small.fits and "does not fit: " in verdict(small) and "aise mesh.fsdp" in table(small)
     json.dumps(small.to_dict())
 
 

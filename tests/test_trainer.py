@@ -186,6 +186,12 @@ CHOICES = {
         "actor__ppo_epochs": 2, "algorithm__rollout_correction": {"bypass_mode": True}, "trainer__share_prompt": False,
         "actor__entropy_coeff": 0.01, "trainer__critic_warmup": 1,
     },
+    "all that can wait in host memory, on a mesh, and generation in another layout": {
+        "actor__offload": ["optimizer", "params"], "critic__offload": ["optimizer", "params"], "ref__offload": ["params"],
+        "actor__use_kl_loss": True, "model__remat": "offload", "model__shard_tokens": "blocks",
+        "mesh__data": 2, "mesh__fsdp": 1, "mesh__tensor": 2, "rollout__tensor_model_parallel_size": 1,
+        "trainer__save_freq": 2,
+    },
 }  # fmt: skip
 
 

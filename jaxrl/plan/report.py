@@ -223,4 +223,4 @@ def advice(plan: Plan, worst: Program) -> str:
     if worst.name.startswith("gen"):
         return "Lower rollout.max_num_seqs, or raise mesh.tensor"
     role = "critic" if "critic" in worst.name or worst.name == "values" else "actor"
-    return f"Set model.remat=full, lower {role}.ppo_max_token_len_per_gpu, or raise mesh.fsdp or mesh.tensor"
+    return f"Raise mesh.fsdp or mesh.tensor, lower {role}.ppo_max_token_len_per_gpu, or remat more (model.remat)"
