@@ -233,6 +233,7 @@ class Trainer:
         return VllmEngine(
             model, self.mesh, c.rollout.vllm, source=self.source, folder=self.folder / "vllm",
             max_model_len=c.data.max_prompt_length + c.data.max_response_length, max_num_seqs=c.rollout.max_num_seqs,
+            link=self.link,
         )  # fmt: skip
 
     def _make_turns(self) -> Turns | None:

@@ -59,7 +59,10 @@ def main() -> int:
             print(warning, file=sys.stderr)
         if "VLLM_API_KEY" not in os.environ:
             print(f"its key, for trainers: export VLLM_API_KEY={key}")
-        print(f"ready: rollout.vllm.urls=[http://{a.host}:{a.port}] ({info['dtype']}, vLLM {info['vllm']})", flush=True)
+        print(
+            f"ready: rollout.vllm.urls=[http://{a.host}:{server.port}] ({info['dtype']}, vLLM {info['vllm']})",
+            flush=True,
+        )
         while (ended := server.ended()) is None:
             time.sleep(1.0)
         print(f"error: {ended}", file=sys.stderr)

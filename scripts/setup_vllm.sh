@@ -33,7 +33,7 @@ if [[ ! -x "$folder/bin/python" || "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]
     # The CPU file lists every package, so nothing is resolved: a resolver would bring builds for CUDA that break it.
     resolve=()
     [[ "$kind" == cpu ]] && resolve=(--no-deps)
-    "$folder/bin/python" -m pip install --quiet "${resolve[@]}" -r "$pins" >&2
+    "$folder/bin/python" -m pip install -qq "${resolve[@]}" -r "$pins" >&2
     (cd "$folder" && VLLM_NO_USAGE_STATS=1 bin/python -c 'import vllm; print("vllm", vllm.__version__)' >&2)
     echo "$wanted" > "$stamp"
 fi

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxrl.config import from_dict
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import init_params
 from jaxrl.rollout.engine import Sampling
@@ -212,3 +213,25 @@ def test_shared_memory_goes_when_its_holder_is_killed():
     while folder.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "vllm, words",
+    [
+        ({}, "either rollout.vllm.python, .* or rollout.vllm.urls"),
+        ({"python": "p", "urls": ["u"]}, "either rollout.vllm.python, .* or rollout.vllm.urls"),
+        ({"python": "p", "devices": ["0", "1"]}, "names the devices of 2 servers, and rollout.vllm.num_servers is 1"),
+        ({"python": "p", "transport": "file"}, "transport file and rollout.vllm.file_dir belong together"),
+        ({"python": "p", "publish": "adapter"}, "publish adapter needs adapters: set model.lora_rank"),
+        ({"python": "p", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization 1.5 is a share"),
+        ({"python": "p", "stall_timeout_s": 0}, "stall_timeout_s is 0.0 and must be above 0"),
+        ({"python": "p", "dtype": "fp8"}, "rollout.vllm.dtype is 'fp8' and must be one of auto"),
+    ],
+)
+def test_settings_of_the_sidecar_that_do_not_fit_together_are_refused(vllm, words):
+    tree = {
+        "model": {"path": "m"}, "data": {"train_files": "task:arithmetic"}, "trainer": {"experiment_name": "x"},
+        "reward": {"functions": [{"name": "exact_number"}]}, "rollout": {"engine": "vllm", "vllm": vllm},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=words):
+        from_dict(tree)

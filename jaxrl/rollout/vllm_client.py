@@ -6,6 +6,7 @@ A server that does not answer, answers late or answers nonsense raises `ServerLo
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -87,12 +88,12 @@ class Client:
         answer = await self._rpc("jaxrl_load", path, manifest.to_json(), what=what, timeout_s=timeout_s)
         return _accepted(answer)
 
-    async def load_adapter(self, folder: str, file: str, manifest: Manifest, *, timeout_s: float) -> None:
-        """Put an adapter in the place of the old one."""
+    async def load_adapter(self, path: str, manifest: Manifest, *, timeout_s: float) -> None:
+        """Put an adapter, a file in a folder of its own with a config beside it, in the place of the old one."""
         what = f"version {manifest.version} of the adapter"
-        answer = await self._rpc("jaxrl_check", file, manifest.to_json(), False, what=what, timeout_s=timeout_s)
+        answer = await self._rpc("jaxrl_check", path, manifest.to_json(), False, what=what, timeout_s=timeout_s)
         _accepted(answer)
-        message = {"lora_name": ADAPTER_NAME, "lora_path": folder, "load_inplace": True}
+        message = {"lora_name": ADAPTER_NAME, "lora_path": posixpath.dirname(path), "load_inplace": True}
         await self._send("POST", LOAD_ADAPTER, message, what=what, timeout_s=timeout_s)
 
     async def set_version(self, label: str) -> None:
@@ -138,7 +139,8 @@ class Client:
             raise ValueError(f"{self.url} refuses a request for {what}: {reply.text[:500]}")
         try:
             reply.raise_for_status()
-            return reply.json() if reply.content else {}
+            is_json = reply.headers.get("content-type", "").startswith("application/json")
+            return reply.json() if is_json else {}  # some routes answer with a sentence, or nothing
         except (httpx.HTTPStatusError, ValueError):
             text = " ".join(reply.text.split())[:300]
             raise ServerLost(f"it was asked for {what} and answered {reply.status_code}: {text}") from None

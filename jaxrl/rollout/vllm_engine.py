@@ -1,7 +1,7 @@
 """The engine that is a vLLM sidecar: servers in processes of their own, which answer with the weights we publish.
 
 Here is the trainer's side of it in three verbs. `weights/sync.py` turns weights into bytes, `vllm_pool.py` keeps the
-servers, on an event loop in a thread of its own. On several hosts the first process talks to the servers, and the
+servers, on an event loop in a thread of its own. Of several processes the first one talks to the servers, and the
 others are given what it got.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import pickle
 import secrets
 import threading
 from collections.abc import Callable, Coroutine, Sequence
@@ -25,6 +24,7 @@ from jax.sharding import Mesh
 
 from ..batch import Prompt, Rollout
 from ..config import VllmSection
+from ..link import Link
 from ..models.config import ModelConfig
 from ..models.decoder import head_bias, head_table, hidden_states
 from ..models.logprobs import target_logprobs
@@ -33,7 +33,7 @@ from ..weights.pretrained import Pretrained
 from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
 from .engine import Report, Sampling, check_prompt
 from .vllm_adapter import ServerSpec
-from .vllm_pool import LOADING, SERVING, Job, Pool, Server
+from .vllm_pool import DEAD, STARTING, Job, Pool, Server
 from .vllm_process import ServerProcess
 from .vllm_publication import Publication
 
@@ -47,18 +47,18 @@ class VllmEngine:
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, settings: VllmSection, *,
-        source: Pretrained, folder: Path, max_model_len: int, max_num_seqs: int,
+        source: Pretrained, folder: Path, max_model_len: int, max_num_seqs: int, link: Link | None = None,
     ):  # fmt: skip
         self.config, self.mesh, self.settings, self.source = config, mesh, settings, source
         self.max_model_len = max_model_len
         self.run = secrets.token_hex(6)
         self.version = -1
-        self._is_first = jax.process_index() == 0
+        self._link = Link() if link is None else link
         self._publication: Publication | None = None
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
         num = min(PROBE_TOKENS, max_model_len - 1)
         self.probe_ids = np.random.default_rng(0).integers(0, config.vocab_size, num).tolist()
-        if not self._is_first:
+        if not self._link.is_first:
             return
         self._shared: SharedFolder | None = None
         if settings.publish == "adapter":
@@ -96,19 +96,19 @@ class VllmEngine:
     def update_weights(self, variables: Tree, version: int) -> None:
         """Publish these weights as `version`: every server that serves has them when this returns.
 
-        Raises Refused where a server does not take them (it goes on with those before), RuntimeError where no server is
+        Raises ValueError where a server refuses them (those before go on answering), RuntimeError where no server is
         left.
         """
-        info = self._on_first(lambda: self._call(self.pool.ready()))
+        info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
         if self.settings.publish == "adapter":
             make = partial(adapter_export, self.run, version, variables, self.config)
         else:
             make = partial(model_export, self.run, version, variables, self.config, info["dtype"])
         probe_logprobs = self._probe(variables)
-        if not self._is_first:
+        if not self._link.is_first:
             for _ in make().pieces():  # takes part in the gathering
                 pass
-        self._on_first(lambda: self._publish(make, probe_logprobs))
+        self._link.first(f"version {version} of the weights", lambda: self._publish(make, probe_logprobs))
         self.version = version
 
     def generate(
@@ -117,10 +117,14 @@ class VllmEngine:
         limits = sampling.max_tokens_each or (sampling.max_tokens,) * len(prompts)
         for prompt, limit in zip(prompts, limits, strict=True):
             check_prompt(prompt, limit, context=self.max_model_len, vocab_size=self.config.vocab_size)
-        return self._on_first(lambda: self._generate(prompts, sampling, limits, seed, report))
+        drawn = self._link.first("responses", lambda: self._generate(prompts, sampling, limits, seed, report))
+        return [
+            Rollout(group, np.asarray(ids, np.int32), np.asarray(logprobs, np.float32), finished, version)
+            for group, ids, logprobs, finished, version in drawn
+        ]
 
     def close(self) -> None:
-        if not self._is_first or self._loop.is_closed():
+        if not self._link.is_first or self._loop.is_closed():
             return
         self._call(self.pool.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -152,7 +156,7 @@ class VllmEngine:
 
     async def _transports(self) -> dict[Server, str]:
         """How weights get to the servers that have them or wait for them."""
-        ready = [server for server in self.pool.servers if server.state in (SERVING, LOADING)]
+        ready = [server for server in self.pool.servers if server.state not in (STARTING, DEAD)]
         return {server: await self._transport(server) for server in ready}
 
     async def _transport(self, server: Server) -> str:
@@ -173,7 +177,8 @@ class VllmEngine:
         assert self.settings.file_dir is not None
         return Path(self.settings.file_dir) / f"jaxrl-{self.run}"
 
-    def _generate(self, prompts, sampling: Sampling, limits: Sequence[int], seed: int, report) -> list[Rollout]:
+    def _generate(self, prompts, sampling: Sampling, limits: Sequence[int], seed: int, report) -> list[tuple]:
+        """Group, tokens, logprobs, finished, version of every response, in order."""
         jobs = []
         most = min(sampling.n, self.pool.max_num_seqs)
         for p, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
@@ -181,15 +186,13 @@ class VllmEngine:
             for start in range(0, sampling.n, most):  # vLLM counts the seeds of a request's responses up
                 n = min(most, sampling.n - start)
                 jobs.append(Job(p, prompt.token_ids, n, limit, first + start))
-        rollouts = []
+        drawn = []
         for job, answers, label in self._call(self.pool.answer(jobs, sampling, report)):
             run, _, version = label.rpartition(":")
             assert run == self.run, label
-            for a in answers:
-                ids, logprobs = np.asarray(a.token_ids, np.int32), np.asarray(a.logprobs, np.float32)
-                rollouts.append(Rollout(job.prompt, ids, logprobs, a.finished, int(version)))
-        assert len(rollouts) == len(prompts) * sampling.n
-        return rollouts
+            drawn += [(job.prompt, a.token_ids, a.logprobs, a.finished, int(version)) for a in answers]
+        assert len(drawn) == len(prompts) * sampling.n
+        return drawn
 
     def _probe(self, variables: Tree) -> list[float]:
         """The trainer's logprobs of the fixed prompt's tokens, after the first."""
@@ -208,21 +211,6 @@ class VllmEngine:
             future.cancel()
             raise
 
-    def _on_first(self, work: Callable[[], T]) -> T:
-        """Do it in the first process; all get its result, or its error."""
-        if jax.process_count() == 1:
-            return work()
-        result: Any = None
-        if self._is_first:
-            try:
-                result = True, work()
-            except Exception as error:  # the others must hear of it, or they would wait for ever
-                result = False, error
-        succeeded, value = _broadcast(result)
-        if not succeeded:
-            raise value
-        return value
-
 
 def _probe_logprobs(config: ModelConfig, variables: Tree, tokens: jax.Array, length: jax.Array) -> jax.Array:
     """[rows, columns - 1] logprobs of the tokens after the first, of one sequence a row, padded on the right."""
@@ -240,15 +228,3 @@ def _probe_logprobs(config: ModelConfig, variables: Tree, tokens: jax.Array, len
 def _seed(seed: int, prompt: int) -> int:
     """A seed for each prompt of each call, far from those of the others."""
     return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:7])
-
-
-def _broadcast(value: Any) -> Any:
-    """What the first process has, to all of them."""
-    from jax.experimental import multihost_utils
-
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int64(len(data))))
-    padded = np.zeros(size, np.uint8)
-    if jax.process_index() == 0:
-        padded[:] = data
-    return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())

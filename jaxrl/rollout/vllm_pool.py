@@ -1,11 +1,11 @@
 """The servers of a run, on one event loop: who has which weights, who gets the next request, and what is done about one
 that fails.
 
-A server is STARTING (until it has the current weights), LOADING (it answers what it was asked, and gets no more),
-SERVING, or DEAD (given up). It is lost when its process ends, a request breaks, an answer makes no sense, or it gives
-no sign of life; it is then started again with the weights of now, and what it had not answered is asked anew, so that
-every prompt is answered once. A server that fails `max_restarts` times in a row is dropped; when none is left the run
-ends, with the reason.
+A server is STARTING (until it has the current weights), SERVING, DRAINING (it answers what it was asked before new
+weights come, and is asked no more), LOADING them, or DEAD (given up). It is lost when its process ends, a request
+breaks, an answer makes no sense, or it gives no sign of life; it is then started again with the weights of now, and
+what it had not answered is asked anew, so that every prompt is answered once. A server that fails `max_restarts` times
+in a row is dropped; when none is left the run ends, with the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .vllm_process import ServerProcess
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-STARTING, LOADING, SERVING, DEAD = "starting", "loading", "serving", "dead"
+STARTING, SERVING, DRAINING, LOADING, DEAD = "starting", "serving", "draining", "loading", "dead"
 POLL_S = 0.25
 OVERBOOKED = 2  # sequences that wait at a server for each that it decodes, so that none of its places stays empty
 
@@ -83,7 +83,7 @@ class Pool:
         self.servers, self.settings = servers, settings
         self.max_num_seqs = max_num_seqs
         self.current: Publication | None = None
-        self.restarts = 0
+        self.restarts = self.loads = 0
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task] = set()
 
@@ -98,11 +98,18 @@ class Pool:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for server in self.servers:  # whoever still waits hears of it
+            server.reason = "the engine was closed"
+            server.gone.set()
+            await self._set(server, DEAD)
         await asyncio.gather(*(self._end(server) for server in self.servers))
 
     async def ready(self) -> dict[str, Any]:
-        """What the first server that has started says of itself."""
-        await self._until(lambda: any(server.info for server in self.servers))
+        """What the first server that has started says of itself. Raises ValueError where none can be started."""
+        try:
+            await self._until(lambda: any(server.info for server in self.servers))
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
         return next(server.info for server in self.servers if server.info)
 
     async def _end(self, server: Server) -> None:
@@ -130,7 +137,7 @@ class Pool:
 
     async def _lost(self, server: Server, gone: asyncio.Event, reason: str) -> None:
         """Start a server again, once for all who saw it fail. `gone` tells of which start they speak."""
-        if gone is not server.gone or gone.is_set():
+        if gone is not server.gone or gone.is_set() or server.state == DEAD:
             return
         log.warning("%s: %s; it is started again", server, reason)
         server.reason, server.label, server.content = reason, None, None
@@ -149,9 +156,9 @@ class Pool:
             server.gone = asyncio.Event()
             try:
                 await self._start(server)
-                while self.current is not None and server.label != self.current.manifest.label:
+                while not await self._serves(server):
+                    assert self.current is not None
                     await self._load(server, self.current)
-                await self._set(server, SERVING)
                 return
             except ServerLost as lost:
                 failed = True
@@ -162,20 +169,32 @@ class Pool:
                 break
         if server.process is not None and (why := server.process.explained()) and why not in server.reason:
             server.reason += f" ({why})"
+        if server.process is not None and str(server.process.log) not in server.reason:
+            server.reason += f"; its log is {server.process.log}"
         await self._end(server)
         if any(other is not server and other.state != DEAD for other in self.servers):
             log.warning("%s is given up, the others go on: %s", server, server.reason)
         server.gone.set()
         await self._set(server, DEAD)
 
+    async def _serves(self, server: Server) -> bool:
+        """SERVING from now on, if it has the current weights."""
+        async with self._changed:
+            if self.current is not None and server.label != self.current.manifest.label:
+                return False
+            server.state = SERVING
+            self._changed.notify_all()
+            return True
+
     async def _start(self, server: Server) -> None:
         """Until it answers for the first time."""
         await self._end(server)
+        server.live_digest = None
         if server.process is not None:
             await asyncio.to_thread(server.process.start)
         url = server.process.url if server.process is not None else server.url
         assert url is not None
-        server.client = Client(url, server.key, timeout_s=self.settings.stall_timeout_s)
+        server.client = Client(url, server.key, timeout_s=self.settings.load_timeout_s)
         deadline = asyncio.get_running_loop().time() + self.settings.start_timeout_s
         while True:
             try:
@@ -184,9 +203,9 @@ class Pool:
             except ServerLost as lost:
                 ended = server.process.ended() if server.process is not None else None
                 if ended is not None and server.process is not None and server.process.port_was_taken():
+                    await self._end(server)
                     await asyncio.to_thread(server.process.start)  # another one was quicker: with another port
-                    await server.client.close()
-                    server.client = Client(server.process.url, server.key, timeout_s=self.settings.stall_timeout_s)
+                    server.client = Client(server.process.url, server.key, timeout_s=self.settings.load_timeout_s)
                 elif ended is not None:
                     raise ServerLost(f"it did not start: {ended}") from None
                 elif asyncio.get_running_loop().time() > deadline:
@@ -208,9 +227,11 @@ class Pool:
         while True:
             await asyncio.sleep(POLL_S)
             gone = server.gone
-            if server.state == SERVING and server.process is not None and (ended := server.process.ended()):
+            if server.state not in (SERVING, DRAINING):
+                continue  # starting and loading have time limits of their own
+            if server.process is not None and (ended := server.process.ended()):
                 await self._lost(server, gone, ended)
-            elif server.state == SERVING and server.client is not None:
+            elif server.client is not None:
                 try:
                     await asyncio.wait_for(self._or_gone(server, server.client.ping()), self.settings.stall_timeout_s)
                     await asyncio.sleep(pause - POLL_S)
@@ -261,10 +282,13 @@ class Pool:
 
     async def _replace(self, server: Server) -> None:
         gone = server.gone
-        await self._set(server, LOADING)
+        await self._set(server, DRAINING)
+        async with self._changed:
+            await self._changed.wait_for(lambda: server.in_flight == 0 or gone.is_set())
+        if gone.is_set():
+            return  # it is being started again, and loads these weights then
         try:
-            async with self._changed:
-                await self._changed.wait_for(lambda: server.in_flight == 0 or gone.is_set())
+            await self._set(server, LOADING)
             assert self.current is not None
             await self._load(server, self.current)
             await self._set(server, SERVING)
@@ -281,7 +305,7 @@ class Pool:
         timeout_s = self.settings.load_timeout_s
         if server.content != manifest.digest:  # else only the version is another: the weights have not changed
             path = await publication.place(server)
-            server.label = server.content = None
+            self.loads += 1
             if publication.is_adapter:
                 await client.load_adapter(path, manifest, timeout_s=timeout_s)
             else:

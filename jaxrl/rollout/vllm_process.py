@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -30,12 +31,18 @@ class ServerProcess:
     """`spec.port` 0 takes a free one at every start."""
 
     def __init__(self, python: str, spec: ServerSpec, api_key: str):
+        if not os.access(python, os.X_OK):
+            raise ValueError(
+                f"rollout.vllm.python {python} is not there: `scripts/setup_vllm.sh DIR` makes an environment with vLLM and "
+                "prints the path to set"
+            )
         self.python, self._spec, self._api_key = python, spec, api_key
         self.folder = Path(spec.folder)
         self.port = spec.port
         self._scratch = ""
         self._log_start = 0
         self._watchdog: subprocess.Popen | None = None
+        self._lock = threading.Lock()  # an end waits for a start that is under way
 
     @property
     def url(self) -> str:
@@ -53,11 +60,10 @@ class ServerProcess:
         return self._watchdog.pid
 
     def start(self) -> None:
-        if not os.access(self.python, os.X_OK):
-            raise ValueError(
-                f"rollout.vllm.python {self.python} is not there: `scripts/setup_vllm.sh DIR` makes an environment with "
-                "vLLM and prints the path to set"
-            )
+        with self._lock:
+            self._start()
+
+    def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = self._spec.port or _free_port()
         # Sockets lie there, whose paths must be short.
@@ -96,6 +102,10 @@ class ServerProcess:
 
     def end(self) -> None:
         """All of its processes are gone after this, and what they had in shared memory."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
         if self._watchdog is None:
             return
         watchdog, self._watchdog = self._watchdog, None
