@@ -86,7 +86,7 @@ def test_the_engine_says_what_a_forward_pass_says_and_its_logprobs_are_the_train
     layout = pack(sequences, range(4), row_length=40, rows_per_micro_batch=2, max_micro_batches=1)
     assert (layout.rows.segments != layout.rows.prefixes).any()
     policy = Policy(make_mesh(1, 1, 1), config, None, PolicyLoss(temperature=0.7))
-    trainers, _ = policy.logprobs(variables, layout)
+    trainers = policy.logprobs(variables, layout).logprobs
     np.testing.assert_allclose(trainers, [rollout.logprobs for rollout in sampled], atol=3e-5)
 
 
@@ -107,9 +107,9 @@ def test_prompts_that_are_shared_in_a_row_change_no_logprob_of_windows_and_alibi
     rows = {"row_length": 32, "rows_per_micro_batch": 8, "max_micro_batches": 1}
     shared = pack(batch(), range(8), **rows)
     assert (shared.rows.segments != shared.rows.prefixes).any()
-    packed, _ = policy.logprobs(variables, shared)
+    packed = policy.logprobs(variables, shared).logprobs
     for b in range(8):  # alone in a row, as padded batches are
-        alone, _ = policy.logprobs(variables, pack(batch(), [b], **rows))
+        alone = policy.logprobs(variables, pack(batch(), [b], **rows)).logprobs
         length = batch().lengths[b]
         np.testing.assert_allclose(packed[b, :length], alone[b, :length], atol=1e-5)
         assert (alone[b, :length] < -0.01).any()

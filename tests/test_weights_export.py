@@ -74,8 +74,12 @@ def test_export_then_load_returns_identical_bytes(tmp_path, name):
 
 @pytest.mark.parametrize("family", FLAX)
 def test_a_flax_model_is_exported_as_its_torch_twin(tmp_path, family):
+    import transformers
+
     round_trip(DATA / "hf_flax" / family, tmp_path / "out")
     assert_identical(tmp_path / "out", DATA / "hf_flax" / family / "torch")
+    (architecture,) = load_hf_config(tmp_path / "out")["architectures"]
+    assert hasattr(transformers, architecture), f"{architecture} is no class of transformers"
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])

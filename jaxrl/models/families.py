@@ -22,6 +22,7 @@ class Family(NamedTuple):
     defaults: Mapping[str, Any] = {}
     switches: Mapping[str, Any] = {}
     spelled: Mapping[str, str] = {}
+    odd_classes: Mapping[str, str] = {}  # those that transformers calls otherwise
 
 
 _GEMMA: dict[str, Any] = {
@@ -66,6 +67,7 @@ FAMILIES: dict[str, Family] = {
         {**_GEMMA, "sliding_window": 4096, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
          "rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "max_position_embeddings": 131_072},
         {**_GEMMA2, "qk_norm": True}, _GEMMA_SPELLED,
+        {"Gemma3ForSequenceClassification": "Gemma3TextForSequenceClassification"},
     ),
     "phi3": Family("Phi3", {"sliding_window": None, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
     "smollm3": Family(
@@ -129,6 +131,7 @@ FAMILIES: dict[str, Family] = {
         "GPT2",
         {**_GPT2, "max_position_embeddings": 1024},
         {**_GPT2_SWITCHES, "qkv_bias": True, "o_bias": True, "positions": "learned"}, _GPT2_SPELLED,
+        {"GPT2ForCausalLM": "GPT2LMHeadModel"},
     ),
     "gpt_neo": Family(
         "GPTNeo",

@@ -20,7 +20,7 @@ from ..offload import fetched
 from ..parallel import fetch
 from .bnb import dequantized
 from .folder import refuse_existing
-from .hf_names import CLASSES, Row, axis_sizes, embedding_of, flatten, head_of, in_order, is_packed
+from .hf_names import Row, axis_sizes, class_of, embedding_of, flatten, head_of, in_order, is_packed
 from .prefixes import with_expected_names
 from .pretrained import Pretrained, open_pretrained
 from .safetensors_writer import TensorSpec, dtype_named
@@ -143,9 +143,9 @@ def config_for_head(hf_config: Mapping[str, Any], config: ModelConfig, head: str
     if config.module is not None:  # whose class is the user's
         return dict(hf_config)
     if head == "lm":
-        return {**hf_config, "architectures": [f"{CLASSES[config.family]}ForCausalLM"]}
+        return {**hf_config, "architectures": [class_of(config.family, "ForCausalLM")]}
     kind = "ForTokenClassification" if config.score_bias else "ForSequenceClassification"
-    out = {**hf_config, "architectures": [CLASSES[config.family] + kind]}
+    out = {**hf_config, "architectures": [class_of(config.family, kind)]}
     out.pop("num_labels", None)  # transformers counts id2label
     if len(out.get("id2label") or ()) != config.num_labels:
         out["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.num_labels)}

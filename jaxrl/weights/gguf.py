@@ -22,7 +22,7 @@ import numpy as np
 from ..models.config import ModelConfig
 from .folder import write_json
 from .gguf_tokenizer import write_tokenizer
-from .hf_names import CLASSES, axis_sizes, rows
+from .hf_names import axis_sizes, class_of, rows
 from .safetensors_writer import TensorSpec, dtype_named
 from .stored import Checkpoint, Index, StoredTensor
 from .write import write_model
@@ -167,7 +167,7 @@ def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
     heads, hidden = get("attention.head_count"), get("embedding_length")
     config = {
-        "architectures": [f"{CLASSES[arch]}ForCausalLM"],
+        "architectures": [class_of(arch, "ForCausalLM")],
         "model_type": arch,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,

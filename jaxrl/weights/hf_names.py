@@ -28,8 +28,11 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Stored by old versions of transformers, computed by everyone: rotary frequencies and causal masks.
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
-# `model_type` -> how its classes begin: LlamaForCausalLM, LlamaForTokenClassification ...
-CLASSES = {name: family.classes for name, family in FAMILIES.items()}
+
+def class_of(family: str, kind: str) -> str:
+    """The name that transformers has for a family's class: `kind` is ForCausalLM, ForTokenClassification ..."""
+    name = FAMILIES[family].classes + kind
+    return FAMILIES[family].odd_classes.get(name, name)
 
 
 class Part(NamedTuple):
