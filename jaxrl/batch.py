@@ -55,36 +55,38 @@ class Rollout:
 class PackedRows(NamedTuple):
     """Sequences laid end to end in rows of one length. Leading axes may precede R (micro-batches).
 
+    As with all records of this kind, the fields are numpy arrays on the host, jax arrays on devices, shapes in a plan.
+
     A token sees the tokens at or before its own column whose segment is its own or its prefix. Where several responses
     share one prompt, the prompt is a segment of its own and the prefix of each response; elsewhere prefix = segment.
     """
 
-    tokens: Int[np.ndarray, "R T"]
-    positions: Int[np.ndarray, "R T"]  # of the token in its sequence, for rotary embeddings
-    segments: Int[np.ndarray, "R T"]  # 0 = padding
-    prefixes: Int[np.ndarray, "R T"]
-    target_ids: Int[np.ndarray, "R S"]
-    target_columns: Int[np.ndarray, "R S"]
-    target_mask: Bool[np.ndarray, "R S"]  # produced by the model, and trained on
-    target_sequences: Int[np.ndarray, "R S"]  # the sequence a slot belongs to; B where the slot is empty
+    tokens: Int[Any, "R T"]
+    positions: Int[Any, "R T"]  # of the token in its sequence, for rotary embeddings
+    segments: Int[Any, "R T"]  # 0 = padding
+    prefixes: Int[Any, "R T"]
+    target_ids: Int[Any, "R S"]
+    target_columns: Int[Any, "R S"]
+    target_mask: Bool[Any, "R S"]  # produced by the model, and trained on
+    target_sequences: Int[Any, "R S"]  # the sequence a slot belongs to; B where the slot is empty
 
 
 class PolicyTargets(NamedTuple):
     """What the policy loss needs at each target."""
 
-    old_logprobs: Float[np.ndarray, "R S"]
-    advantages: Float[np.ndarray, "R S"]
-    ref_logprobs: Float[np.ndarray, "R S"]  # zeros where no reference is used
-    rollout_weights: Float[np.ndarray, "R S"]  # importance weights old/rollout; ones where not corrected
+    old_logprobs: Float[Any, "R S"]
+    advantages: Float[Any, "R S"]
+    ref_logprobs: Float[Any, "R S"]  # zeros where no reference is used
+    rollout_weights: Float[Any, "R S"]  # importance weights old/rollout; ones where not corrected
     # What the aggregation mode gives a token: loss = sum(token_loss * loss_weights).
-    loss_weights: Float[np.ndarray, "R S"]
+    loss_weights: Float[Any, "R S"]
     # The same for the entropy and KL terms: of `actor.loss_agg_mode`, also where the loss has an aggregation of its own.
-    term_weights: Float[np.ndarray, "R S"]
+    term_weights: Float[Any, "R S"]
 
 
 class ValueTargets(NamedTuple):
     """What the value loss needs at each target."""
 
-    old_values: Float[np.ndarray, "R S"]
-    returns: Float[np.ndarray, "R S"]
-    loss_weights: Float[np.ndarray, "R S"]
+    old_values: Float[Any, "R S"]
+    returns: Float[Any, "R S"]
+    loss_weights: Float[Any, "R S"]

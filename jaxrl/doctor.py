@@ -177,7 +177,7 @@ class Doctor:
         """What an engine that is given text, or adds special tokens, may have read instead of our prompts."""
         bos, tokenizer = self.tokenizer.bos_token_id, self.tokenizer
         ours = [prompt.token_ids for prompt in self.prompts]
-        variants: dict[str, list[list[int]]] = {
+        variants: dict[str, Any] = {
             "the engine read the prompt's text, tokenised with special tokens": [
                 list(tokenizer(prompt.text)["input_ids"]) for prompt in self.prompts  # type: ignore[arg-type]
             ],

@@ -189,8 +189,10 @@ def _layer_by_layer(step: Callable, g: Array, p: Array, m: Array, v: Array, key:
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
-        new = _whole(step, at(g), *map(at, carry), jax.random.fold_in(key, i))
-        return tuple(jax.lax.dynamic_update_index_in_dim(x, n, i, 0) for x, n in zip(carry, new, strict=True))
+        p, m, v = carry
+        new = _whole(step, at(g), at(p), at(m), at(v), jax.random.fold_in(key, i))
+        p, m, v = (jax.lax.dynamic_update_index_in_dim(x, n, i, 0) for x, n in zip(carry, new, strict=True))
+        return p, m, v
 
     return jax.lax.fori_loop(0, g.shape[0], body, (p, m, v))
 

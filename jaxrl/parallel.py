@@ -33,7 +33,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `data` x `fsdp` x `tensor` devices; one of the three may be -1: whatever is left."""
     devices = list(jax.devices() if devices is None else devices)
     shape = [data, fsdp, tensor]
@@ -112,8 +112,8 @@ def shardings(mesh: Mesh, abstract: Tree, axes: Tree) -> Tree:
     """NamedSharding of every array of a tree, from its shape and the names of its axes."""
 
     def one(leaf: jax.ShapeDtypeStruct, names: PartitionSpec) -> NamedSharding:
-        names = tuple(names) + (None,) * (leaf.ndim - len(names))
-        return NamedSharding(mesh, partition(mesh, names, leaf.shape))
+        words: tuple[Any, ...] = (*names, *(None,) * (leaf.ndim - len(names)))
+        return NamedSharding(mesh, partition(mesh, words, leaf.shape))
 
     return jax.tree.map(one, abstract, axes)
 

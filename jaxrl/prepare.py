@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from .algorithms.advantages import ADVANTAGES, place_scores
 from .algorithms.choose import bind, choose
@@ -70,27 +70,27 @@ class Preparation:
 class Inputs(NamedTuple):
     """Of the B sequences of a step. What a run does not have is None."""
 
-    scores: Float[Array, "B"]
-    group: Int[Array, "B"]
-    mask: Bool[Array, "B T"]
-    rollout_logprobs: Float[Array, "B T"]
-    old_logprobs: Float[Array, "B T"]  # of the distribution that is sampled from, as the engine's are
-    ref_logprobs: Float[Array, "B T"] | None
-    values: Float[Array, "B T"] | None
-    baselines: Float[Array, "B"] | None  # the scores of the greedy responses, for ReMax
-    kl_coef: Float[Array, ""]
-    log_kept: Float[Array, "B T"] | None = None  # log of the mass that top-k and top-p keep, where they are used
+    scores: Float[Any, "B"]
+    group: Int[Any, "B"]
+    mask: Bool[Any, "B T"]
+    rollout_logprobs: Float[Any, "B T"]
+    old_logprobs: Float[Any, "B T"]  # of the distribution that is sampled from, as the engine's are
+    ref_logprobs: Float[Any, "B T"] | None
+    values: Float[Any, "B T"] | None
+    baselines: Float[Any, "B"] | None  # the scores of the greedy responses, for ReMax
+    kl_coef: Float[Any, ""]
+    log_kept: Float[Any, "B T"] | None = None  # log of the mass that top-k and top-p keep, where they are used
 
 
 class Prepared(NamedTuple):
     """What the steps of actor and critic learn from."""
 
-    mask: Bool[Array, "B T"]  # trained tokens: those of `Inputs.mask` that were not rejected
-    advantages: Float[Array, "B T"]  # 0 outside the mask
-    returns: Float[Array, "B T"]
-    rollout_weights: Float[Array, "B T"]
-    rewards_sum: Float[Array, "B"]  # the score after the KL penalty
-    kl_coef: Float[Array, ""]  # for the next step
+    mask: Bool[Any, "B T"]  # trained tokens: those of `Inputs.mask` that were not rejected
+    advantages: Float[Any, "B T"]  # 0 outside the mask
+    returns: Float[Any, "B T"]
+    rollout_weights: Float[Any, "B T"]
+    rewards_sum: Float[Any, "B"]  # the score after the KL penalty
+    kl_coef: Float[Any, ""]  # for the next step
 
 
 def make_prepare(p: Preparation) -> Callable[[Inputs], tuple[Prepared, dict[str, float]]]:

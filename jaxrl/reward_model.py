@@ -73,7 +73,7 @@ class RewardModel:
         if sample.messages is None or self.tokenizer.chat_template is None:
             return self.tokenizer(sample.prompt + sample.response)["input_ids"]
         conversation = [*sample.messages, {"role": "assistant", "content": sample.response}]
-        text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
+        text: Any = self.tokenizer.apply_chat_template(conversation, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -228,7 +228,10 @@ def actor_config(m: Model, source: Pretrained) -> ModelConfig:
 
 def optimizer_of(o: Optim) -> Optimizer:
     return make_optimizer(
-        weight_decay=o.weight_decay, betas=tuple(o.betas), clip_grad=o.clip_grad, moments_dtype=o.moments_dtype
+        weight_decay=o.weight_decay,
+        betas=(o.betas[0], o.betas[1]),
+        clip_grad=o.clip_grad,
+        moments_dtype=o.moments_dtype,
     )
 
 

@@ -415,9 +415,10 @@ class Trainer:
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
     """Where a response ends: the tokenizer's end, and those that the model's generation config names."""
-    stops = {tokenizer.eos_token_id} - {None}
+    own: Any = tokenizer.eos_token_id
     named = generation_config.get("eos_token_id") or []
-    return tuple(sorted(stops | ({named} if isinstance(named, int) else set(named))))
+    stops = {named} if isinstance(named, int) else set(named)
+    return tuple(sorted(stops if own is None else stops | {own}))
 
 
 def _reward_metrics(scores: list[Score]) -> dict[str, float]:

@@ -100,7 +100,7 @@ def _micro(tree: Tree, i: Array) -> Tree:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
 
-def _hidden(config: ModelConfig, variables: Tree, rows: PackedRows, head: str) -> Array:
+def _hidden(config: ModelConfig, variables: Tree, rows: PackedRows, head: str) -> Any:
     with jax.named_scope("decoder"):
         return decoder.hidden_states(
             config, variables, rows.tokens, rows.positions, rows.segments, rows.prefixes, head=head

@@ -32,7 +32,10 @@ def file(tmp_path):
 
 
 def test_a_file_and_its_overrides_make_a_config(file):
-    c = load(file, ["actor.optim.lr=1e-4", "rollout.val_kwargs.top_k=3", "data.train_kwargs.size=20", "trainer.logger=[jsonl]"])
+    c = load(
+        file,
+        ["actor.optim.lr=1e-4", "rollout.val_kwargs.top_k=3", "data.train_kwargs.size=20", "trainer.logger=[jsonl]"],
+    )
     assert (c.actor.optim.lr, c.rollout.val_kwargs.top_k, c.data.train_kwargs) == (1e-4, 3, {"size": 20})
     assert list(c.trainer.logger) == ["jsonl"]
     assert c.model.path == "some/model" and c.critic.optim.lr == 1e-5 and c.reward.functions[0].weight == 1.0
@@ -49,7 +52,10 @@ def test_the_last_of_two_overrides_holds(file):
         ("model.pth=x", r"model\.pth is not a key of the config\. Did you mean model\.path\?"),
         ("actor.optim.lrr=1", r"actor\.optim\.lrr is not .* Did you mean actor\.optim\.lr\?"),
         ("rollout.val_kwargs.tmperature=1", r"Did you mean rollout\.val_kwargs\.temperature\?"),
-        ("reward.functions=[{name: a},{nme: b}]", r"reward\.functions\[1\]\.nme is .* mean reward\.functions\[1\]\.name\?"),
+        (
+            "reward.functions=[{name: a},{nme: b}]",
+            r"reward\.functions\[1\]\.nme is .* mean reward\.functions\[1\]\.name\?",
+        ),
         ("mesh.zzz=1", r"mesh\.zzz is not a key of the config\. Known: data, fsdp, tensor"),
     ],
 )
@@ -141,7 +147,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         (["reward.functions=[]"], "there is no reward: set reward.functions"),
         (["model.attention=splash", "rollout.n=2"], "splash cannot share a prompt .* set trainer.share_prompt=false"),
         (["algorithm.rollout_correction.rollout_rs=token_k1"], "rollout_rs and rollout_rs_threshold belong together"),
-        (["algorithm.rollout_correction.rollout_rs_threshold=2"], "rollout_rs and rollout_rs_threshold belong together"),
+        (
+            ["algorithm.rollout_correction.rollout_rs_threshold=2"],
+            "rollout_rs and rollout_rs_threshold belong together",
+        ),
         (["rollout.val_kwargs.n=2"], "val_kwargs.n above 1 needs rollout.val_kwargs.temperature above 0"),
         (
             ["algorithm.rollout_correction.bypass_mode=true", "algorithm.rollout_correction.rollout_is=token"],
@@ -165,7 +174,10 @@ def test_what_does_not_fit_together_is_refused_with_the_fix(overrides, sentence,
         ["model.attention=splash", "rollout.n=2", "trainer.share_prompt=false"],
         ["model.attention=splash", "rollout.n=1"],
         ["reward.functions=[]", "reward.model.path=some/reward"],
-        ["algorithm.rollout_correction.rollout_rs=token_k1", "algorithm.rollout_correction.rollout_rs_threshold=0.5_2.0"],
+        [
+            "algorithm.rollout_correction.rollout_rs=token_k1",
+            "algorithm.rollout_correction.rollout_rs_threshold=0.5_2.0",
+        ],
         ["trainer.row_length=1024"],
         ["trainer.resume_mode=resume_path", "trainer.resume_from_path=runs/a/checkpoints/global_step_3"],
     ],
@@ -236,7 +248,9 @@ def test_describe_does_the_arithmetic_of_a_run(file):
 
 def test_what_follows_from_the_settings(file):
     assert not load(file).needs_ref
-    assert load(file, ["actor.use_kl_loss=true"]).needs_ref and load(file, ["algorithm.use_kl_in_reward=true"]).needs_ref
+    assert (
+        load(file, ["actor.use_kl_loss=true"]).needs_ref and load(file, ["algorithm.use_kl_in_reward=true"]).needs_ref
+    )
     assert load(file).row_length == 1024 and load(file, ["trainer.row_length=2000"]).row_length == 2000
     assert str(load(file).run_dir) == "runs/test" and str(load(file, ["trainer.run_dir=a/b"]).run_dir) == "a/b"
 
@@ -255,7 +269,9 @@ def test_a_saved_config_is_loaded_as_it_was(file, tmp_path):
 def test_differences_name_what_changes_the_run_and_let_pass_what_does_not(file, tmp_path):
     saved = tmp_path / "saved.yaml"
     save(load(file), saved)
-    changed = load(file, ["actor.optim.lr=3e-5", "actor.optim.betas=[0.9,0.95]", "trainer.total_epochs=2", "mesh.tensor=2"])
+    changed = load(
+        file, ["actor.optim.lr=3e-5", "actor.optim.betas=[0.9,0.95]", "trainer.total_epochs=2", "mesh.tensor=2"]
+    )
     assert differences(changed, saved) == [
         "actor.optim.betas was [0.9, 0.999] and is [0.9, 0.95]",
         "actor.optim.lr was 1e-06 and is 3e-05",
@@ -379,6 +395,7 @@ def test_every_field_of_the_config_is_read_by_some_code():
         f"{name}.{field.name}"
         for name, cls in SECTIONS.items()
         for field in dataclasses.fields(cls)
-        if (name, field.name) not in reads.fields and f"{name.removesuffix('Section').lower()}.{field.name}" not in single
+        if (name, field.name) not in reads.fields
+        and f"{name.removesuffix('Section').lower()}.{field.name}" not in single
     ]
     assert not unread, f"no code reads {unread}"

@@ -61,9 +61,7 @@ def transformers_generate(folder, prompts: list[Prompt], max_tokens: int, stop_i
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    settings = GenerationConfig(
-        max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=0
-    )
+    settings = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=0)
     responses = []
     for prompt in prompts:
         ids = torch.tensor([prompt.token_ids])
@@ -189,7 +187,10 @@ def test_adapters_are_part_of_the_weights():
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         wanted = plain_logprobs(config, variables, prompt, rollout.token_ids)
         np.testing.assert_allclose(rollout.logprobs, wanted, atol=2e-5)
-        assert np.abs(wanted - plain_logprobs(config, {"params": variables["params"]}, prompt, rollout.token_ids)).max() > 0.1
+        assert (
+            np.abs(wanted - plain_logprobs(config, {"params": variables["params"]}, prompt, rollout.token_ids)).max()
+            > 0.1
+        )
 
 
 def test_a_response_depends_on_its_place_and_the_seed_but_not_on_the_batch_around_it():
@@ -368,7 +369,10 @@ def test_a_mesh_splits_the_weights_over_tensor_and_the_cache_over_sequences_and_
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        (prompt_of([3] * 50, index=12), "row 12 has 50 tokens, and with a response of up to 20 it is longer than .* 64"),
+        (
+            prompt_of([3] * 50, index=12),
+            "row 12 has 50 tokens, and with a response of up to 20 it is longer than .* 64",
+        ),
         (prompt_of([], index=4), "row 4 is empty"),
         (prompt_of([3, 80], index=5), "row 5 holds token 80, and the model's vocabulary is 0 to 79"),
     ],

@@ -151,9 +151,7 @@ def test_a_rejected_sequence_still_counts_in_the_mean_of_its_group():
 
 
 def test_with_bypass_nothing_is_compared_and_nothing_corrected():
-    p = Preparation(
-        "grpo", rollout_is="token", rollout_rs="token_k1", rollout_rs_threshold=1.5, bypass_mode=True
-    )
+    p = Preparation("grpo", rollout_is="token", rollout_rs="token_k1", rollout_rs_threshold=1.5, bypass_mode=True)
     prepared, metrics = make_prepare(p)(inputs())
     np.testing.assert_array_equal(prepared.mask, MASK)
     np.testing.assert_array_equal(prepared.rollout_weights, np.ones((2, 3)))
@@ -180,7 +178,10 @@ def test_the_gap_to_the_engine_is_measured_even_where_it_is_not_corrected():
         ({"adv_estimator": "/nowhere/mine.py:f"}, "algorithm.adv_estimator /nowhere/mine.py:f: there is no file"),
         ({"rollout_is": "batch"}, "rollout_is is 'batch' and must be None or one of token, sequence"),
         ({"rollout_is": "token", "rollout_is_threshold": "2_1"}, "rollout_correction: Threshold '2_1' must be"),
-        ({"rollout_rs": "tokenk1", "rollout_rs_threshold": 2}, "rollout_correction: Unknown rejection criterion 'tokenk1'"),
+        (
+            {"rollout_rs": "tokenk1", "rollout_rs_threshold": 2},
+            "rollout_correction: Unknown rejection criterion 'tokenk1'",
+        ),
         ({"rollout_rs": "token_k1"}, "rollout_rs and rollout_rs_threshold belong together"),
     ],
 )

@@ -92,7 +92,9 @@ def test_a_model_with_several_labels_is_refused(folder):
 
 
 def test_a_model_without_a_score_head_is_refused(folder):
-    with pytest.raises(ValueError, match="reward.model.path .* has no score head: give a sequence-classification model"):
+    with pytest.raises(
+        ValueError, match="reward.model.path .* has no score head: give a sequence-classification model"
+    ):
         model_of(folder(DATA / "hf_torch" / "qwen3"))
 
 

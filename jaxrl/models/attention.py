@@ -7,7 +7,7 @@ scores [R, N, T, T] in memory.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,8 @@ def attention_cudnn(q, k, v, where: Where, scoring: Scoring):
         mask &= distances(where.positions) < scoring.window
     if not isinstance(scoring.scale, float):
         q, scoring = (q * scoring.scale).astype(q.dtype), scoring._replace(scale=1.0)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scoring.scale, implementation="cudnn")
+    scale: Any = scoring.scale
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
 
 
 def attention_splash(q, k, v, where: Where, scoring: Scoring, interpret: bool = False):
@@ -129,14 +130,15 @@ def attention_splash(q, k, v, where: Where, scoring: Scoring, interpret: bool = 
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, N = q.shape[1], q.shape[2]
-    one = masks.LocalMask((T, T), (scoring.window - 1, 0), 0) if scoring.window else masks.CausalMask((T, T))
+    window: Any = scoring.window
+    one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([one] * N), head_shards=1, q_seq_shards=1, interpret=interpret,
         attn_logits_soft_cap=scoring.softcap or None,
     )  # fmt: skip
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
     heads_first = [x.swapaxes(1, 2) for x in ((q * scoring.scale).astype(q.dtype), k, v)]
-    attended = jax.vmap(kernel)(*heads_first, segment_ids=splash.SegmentIds(where.segments, where.segments))
+    attended: Any = jax.vmap(kernel)(*heads_first, segment_ids=splash.SegmentIds(where.segments, where.segments))
     return attended.swapaxes(1, 2)
 
 

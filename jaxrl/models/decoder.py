@@ -222,7 +222,8 @@ def _stacked(cossins: list) -> tuple[Array, Array]:
     """The cosines and sines of several ropes; a layer without positions turns nothing."""
     cos, sin = next(cossin for cossin in cossins if cossin is not None)
     still = jnp.ones_like(cos), jnp.zeros_like(sin)
-    return tuple(jnp.stack(parts) for parts in zip(*[cossin or still for cossin in cossins], strict=True))
+    cosines, sines = zip(*[cossin or still for cossin in cossins], strict=True)
+    return jnp.stack(cosines), jnp.stack(sines)
 
 
 @cache
@@ -250,12 +251,12 @@ def init_params(config: ModelConfig, head: str, key: Array) -> Tree:
     return nn.meta.unbox(_init(config, head, key))
 
 
-def _init(config: ModelConfig, head: str, key: Array) -> Tree:
+def _init(config: ModelConfig, head: str, key: Array) -> Any:
     tokens = jnp.ones((1, 2), jnp.int32)
     return decoder_class(config)(config, head).init(key, tokens, tokens, tokens, tokens)
 
 
-def hidden_states(config: ModelConfig, variables: Tree, tokens, positions, segments, prefixes, head: str = "lm"):
+def hidden_states(config: ModelConfig, variables: Tree, tokens, positions, segments, prefixes, head: str = "lm") -> Any:
     """[R, T] tokens -> [R, T, D] hidden states after the final norm."""
     params = variables["params"]
     own = {**_outside(config, params), **{run.name: params[run.name] for run in config.runs}}
@@ -263,13 +264,13 @@ def hidden_states(config: ModelConfig, variables: Tree, tokens, positions, segme
     return module.apply({**variables, "params": own}, tokens, positions, segments, prefixes)
 
 
-def embed(config: ModelConfig, params: Tree, tokens, positions) -> Float[Array, "B T D"]:
-    """What the first layer reads; `params` may lack the layers."""
+def embed(config: ModelConfig, params: Tree, tokens, positions) -> Any:
+    """[B, T, D], what the first layer reads; `params` may lack the layers."""
     return Decoder(config).apply({"params": params}, tokens, positions, method="embed")
 
 
-def finish(config: ModelConfig, params: Tree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The last layer's output as the language-model head reads it; `params` may lack the layers."""
+def finish(config: ModelConfig, params: Tree, x: Float[Array, "B T D"]) -> Any:
+    """[B, T, D], the last layer's output as the language-model head reads it; `params` may lack the layers."""
     return Decoder(config).apply({"params": params}, x, method="finish")
 
 
@@ -292,8 +293,8 @@ def head_table(config: ModelConfig, params: Tree) -> Float[Array, "V D"]:
     return to_device(params["embed_tokens"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"])
 
 
-def score(config: ModelConfig, params: Tree, hidden: Float[Array, "... D"]) -> Float[Array, "... C"]:
-    """The scores of a critic or reward model, in float32."""
+def score(config: ModelConfig, params: Tree, hidden: Float[Array, "... D"]) -> Any:
+    """[..., C], the scores of a critic or reward model, in float32."""
     return decoder_class(config)(config, "score").apply({"params": _outside(config, params)}, hidden, method="scores")
 
 

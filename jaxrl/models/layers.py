@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -83,12 +83,12 @@ class Dense(nn.Module):
             parts = {name: part.value for name, part in self.parts.items()}
             y = packed_product(x, parts, self.packed, self.shape, self.axes, len(self.inputs))
         else:
-            y = _product(x, self.kernel, len(self.inputs))
+            y = cast(Array, _product(x, self.kernel, len(self.inputs)))
         if self.has_variable("lora", "a"):
             # While the tree is made, Linen hands out the arrays in the box that holds their axis names.
             a, b = (nn.meta.unbox(self.get_variable("lora", name)).astype(dtype) for name in ("a", "b"))
             low = jnp.einsum(f"bt{self.inputs},{self.inputs}r->btr", x, a)
-            y += self.config.lora_scale * jnp.einsum(f"btr,r{self.outputs}->bt{self.outputs}", low, b)
+            y = y + self.config.lora_scale * jnp.einsum(f"btr,r{self.outputs}->bt{self.outputs}", low, b)
         y = y + self.bias.astype(dtype) if self.use_bias else y
         return checkpoint_name(y, "product")  # what remat "dots" keeps
 

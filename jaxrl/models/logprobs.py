@@ -8,6 +8,7 @@ that are in use, at run time: short responses cost little and compile nothing ne
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,8 +42,8 @@ def target_logprobs(
     padded = -(-S // chunk) * chunk
     columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
     table = nn.with_logical_constraint(table.astype(hidden.dtype), ("vocab", None))
-    logprobs, entropy = _chunked(hidden, table, bias, columns, ids, num_slots, jnp.float32(temperature), softcap, chunk)
-    return logprobs[:, :S], entropy[:, :S]
+    both: Any = _chunked(hidden, table, bias, columns, ids, num_slots, jnp.float32(temperature), softcap, chunk)
+    return both[0][:, :S], both[1][:, :S]
 
 
 def chunk_slots(num_rows: int, num_slots: int, platform: str) -> int:

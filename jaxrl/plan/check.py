@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -86,7 +86,7 @@ def _cache_bytes(c: Config, engine: JaxEngine, model: ModelConfig) -> int:
     return 2 * model.num_layers * math.prod(held) * jax.numpy.dtype(model.compute_dtype).itemsize
 
 
-def _memory_of(device: jax.Device) -> tuple[float | None, str]:
+def _memory_of(device: Any) -> tuple[float | None, str]:
     """What a program may use of a device. CPU devices share the memory of their host."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:

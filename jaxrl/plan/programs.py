@@ -73,7 +73,9 @@ def roles_of(c: Config, mesh: Mesh, find: Callable[[str], Pretrained] = describe
     """The roles of the run, without their weights. `find` opens the model of a path."""
     estimator = choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator")
     needs_critic = "values" in inspect.signature(estimator).parameters
-    return Roles(c, mesh, find(c.model.path), steps=1, needs_critic=needs_critic, find=find)
+    path = c.model.path
+    assert path is not None, "a plan is of a config that names its model"
+    return Roles(c, mesh, find(path), steps=1, needs_critic=needs_critic, find=find)
 
 
 def programs_of(c: Config, roles: Roles) -> Run:

@@ -119,7 +119,8 @@ def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology)
     start = time.perf_counter()
     compiled = work.lower().compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None, "this backend does not account for its programs"
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments, host, arriving = memory.argument_size_in_bytes, memory.host_argument_size_in_bytes, 0
     if not host:
@@ -127,7 +128,7 @@ def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology)
         arguments -= host
     beside = sum(size for name, size in resident.items() if name not in (*work.uses, *work.frees))
     mesh_shape, hardware = dict((work.mesh or run.mesh).shape), topology.hardware
-    found = facts(compiled.as_text(), run.mesh.size, work.loops)
+    found = facts(text, run.mesh.size, work.loops)
     traffic, between = defaultdict(float), 0.0
     for collective in found.collectives:
         sent = collective.bytes * collective.times * work.calls

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 from jaxrl.link import Link
 from jaxrl.rewards.builtin import REWARDS, check_arguments
@@ -32,7 +32,7 @@ def make_scorer(
     specs: Sequence[tuple[str, float, Mapping[str, Any]]],
     *,
     error_reward: float = 0.0,
-    on_error: Literal["report", "raise"] = "report",
+    on_error: str = "report",  # or raise
     timeout_s: float = 10.0,
     num_workers: int | None = None,
     max_concurrent: int = 64,

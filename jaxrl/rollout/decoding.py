@@ -34,14 +34,14 @@ Cache = list[tuple[Array, Array]]  # of every layer: keys [B K H C] and values [
 class Batch(NamedTuple):
     """B sequences under way. Prompts end in the same column, so every sequence draws into the same one."""
 
-    keys: Array  # [B] random keys, each sequence's own
-    starts: Int[Array, "B"]  # the column of the prompt's first token
-    last: Int[Array, "B"]  # the token drawn last
-    done: Bool[Array, "B"]
-    ids: Int[Array, "B CHUNK"]  # drawn since the host last looked
-    logprobs: Float[Array, "B CHUNK"]
-    counts: Int[Array, "B"]  # how many of them a sequence drew before it was done
-    taken: Int[Array, ""]  # columns of `ids` in use
+    keys: Any  # [B] random keys, each sequence's own
+    starts: Int[Any, "B"]  # the column of the prompt's first token
+    last: Int[Any, "B"]  # the token drawn last
+    done: Bool[Any, "B"]
+    ids: Int[Any, "B CHUNK"]  # drawn since the host last looked
+    logprobs: Float[Any, "B CHUNK"]
+    counts: Int[Any, "B"]  # how many of them a sequence drew before it was done
+    taken: Int[Any, ""]  # columns of `ids` in use
 
 
 class Programs:
@@ -113,7 +113,8 @@ class Programs:
 
         x, cache = self._embed(weights, tokens, positions), []
         for number, params in enumerate(weights["layers"]):
-            x, (k, v) = self.layers[number].apply(params, x, cossins[number], partial(attend, scoring_of(c, number)))
+            out: Any = self.layers[number].apply(params, x, cossins[number], partial(attend, scoring_of(c, number)))
+            x, (k, v) = out
             cache.append((k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)))
         return x[:, -1], cache
 

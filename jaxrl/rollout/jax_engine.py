@@ -119,7 +119,7 @@ class JaxEngine:
         T = self.prompt_columns(max(len(prompts[p].token_ids) for p in read[read >= 0]))
         tokens, lengths = np.zeros((*read.shape, T), np.int32), np.ones(read.shape, np.int32)
         for place in zip(*np.nonzero(read >= 0), strict=True):
-            ids = prompts[read[place]].token_ids
+            ids = prompts[int(read[place])].token_ids
             tokens[*place, T - len(ids) :] = ids
             lengths[place] = len(ids)
         at_once = self.prompts_at_once(read.size, T) // self.shards

@@ -5,6 +5,9 @@ functions that run inside the server. There, `Gate` sits in front of every HTTP 
 worker, both named on vLLM's own command line: vLLM itself is not changed.
 """
 
+# pyright: reportMissingImports=false
+# vLLM is in an environment of its own.
+
 from __future__ import annotations
 
 import hmac

@@ -52,7 +52,7 @@ _TRANSFORMER = {
     "input_layernorm": "ln_1",
     "post_attention_layernorm": "ln_2",
 }
-_PHI3_FUSED = dict.fromkeys(_QKV, "self_attn.qkv_proj") | dict.fromkeys(_GATE_UP, "mlp.gate_up_proj")
+_PHI3_FUSED = {**{name: "self_attn.qkv_proj" for name in _QKV}, **{name: "mlp.gate_up_proj" for name in _GATE_UP}}
 
 FAMILY_NAMES = {
     "mixtral": FamilyNames(

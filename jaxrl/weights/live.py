@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,7 +181,7 @@ def _open_torch(model: Any) -> Pretrained:
         write_companions=write_companions,
         tokenizer=None,
         adapter=None if adapted is None else _adapter(adapted, name),
-        base=base.config.name_or_path,
+        base=base.config.name_or_path or name,
     )
 
 
@@ -199,7 +199,7 @@ def _state_dict(base: Any) -> Mapping[str, Any]:
 
 
 def _adapter(model: Any, name: str) -> Adapter:
-    from peft import get_peft_model_state_dict
+    from peft import get_peft_model_state_dict  # pyright: ignore[reportAttributeAccessIssue]
 
     active = model.active_adapter
     raw = json.loads(json.dumps(model.peft_config[active].to_dict(), default=sorted))  # sets of names become lists
@@ -241,7 +241,7 @@ def _torch_model(hf_config: Mapping[str, Any], tensors: Any, dtype: str) -> Any:
             state_dict[name] = torch.from_numpy(tensor.copy())
     settings = {key: value for key, value in hf_config.items() if key not in ("model_type", "torch_dtype")}
     config = transformers.AutoConfig.for_model(hf_config["model_type"], **settings | {"dtype": dtype})
-    model_class: Callable = getattr(transformers, hf_config["architectures"][0])
+    model_class: Any = getattr(transformers, hf_config["architectures"][0])
     model = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=getattr(torch, dtype))
     return model.eval()
 

@@ -50,6 +50,7 @@ def server_commands(c: Config) -> list[tuple[str, list[str]]]:
         raise ValueError("set VLLM_API_KEY to one key for all vLLM servers and trainers of the run")
     longest = c.data.max_prompt_length + c.data.max_response_length
     python = os.environ.get("VLLM_PYTHON", sys.executable)
+    assert c.model.path is not None, "a config in a file names its model"
     return [
         (url, [
             python, str(SCRIPTS / "serve_vllm.py"), str(resolve(c.model.path)), "--host", "0.0.0.0",
