@@ -91,6 +91,14 @@ def throughput_metrics(
     return metrics
 
 
+def mfu_metrics(
+    flops: Mapping[str, float], *, seconds: Mapping[str, float], num_devices: int, peak: float
+) -> dict[str, float]:
+    """Model FLOPs utilisation of each role's updates: `flops` (`models/flops.py`) a second, over the `peak` of a device."""
+    updates = {role: seconds.get(f"update_{role}") for role in flops}
+    return {f"perf/mfu/{role}": flops[role] / (s * num_devices * peak) for role, s in updates.items() if s}
+
+
 def gap_metrics(sums: Mapping[str, Any], largest: Mapping[str, Any], num_tokens: int) -> dict[str, float]:
     """What `correction.mismatch_metrics` says of probabilities, from the sums of `update._gap` over `num_tokens`."""
     n = max(num_tokens, 1)

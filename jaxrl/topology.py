@@ -85,6 +85,17 @@ HARDWARE = {
 # fmt: on
 
 
+# How jax calls the devices that are here: the beginning of `device_kind`.
+_KINDS = {
+    "NVIDIA A100": "a100", "NVIDIA H100 80GB": "h100", "NVIDIA H200": "h200", "TPU v5 lite": "v5e", "TPU v5p": "v5p",
+}  # fmt: skip
+
+
+def hardware_named(device_kind: str) -> Hardware | None:
+    """The numbers of a device by the name that jax gives it, or None where they are not known."""
+    return next((HARDWARE[name] for start, name in _KINDS.items() if device_kind.startswith(start)), None)
+
+
 @dataclass(frozen=True)
 class Topology:
     """Devices to compile for, and how many of them share a node (a slice of TPUs is one node: its links are alike)."""

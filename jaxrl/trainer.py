@@ -33,7 +33,16 @@ from .doctor import NUM_PROMPTS, Doctor
 from .learner import Learner, preparation_of, rows_of
 from .link import Link
 from .loggers import LOGGERS, Metrics, Run, Samples, process_log
-from .metrics import CompileCounter, Timer, memory_metrics, throughput_metrics, turn_metrics, validation_metrics
+from .metrics import (
+    CompileCounter,
+    Timer,
+    memory_metrics,
+    mfu_metrics,
+    throughput_metrics,
+    turn_metrics,
+    validation_metrics,
+)
+from .models.flops import update_flops
 from .parallel import generation_mesh, make_mesh, put_replicated
 from .plan.check import check_fits
 from .progress import Progress, plot_rewards
@@ -47,6 +56,7 @@ from .rollout.jax_engine import JaxEngine
 from .rollout.turns import Turns
 from .rollout.vllm_engine import VllmEngine
 from .sources import load_rows
+from .topology import hardware_named
 from .weights.live import open_model, with_tokenizer
 
 Tree = Any
@@ -373,6 +383,7 @@ class Trainer:
             "response_lengths": np.array([len(r.token_ids) for r in e.rollouts]),
         }
         metrics |= throughput_metrics(**lengths, seconds=timer.seconds, num_devices=self.mesh.size)
+        metrics |= self._mfu_metrics(lengths, timer.seconds)
         if isinstance(self.engine, JaxEngine):
             metrics["perf/update_weights_gb"] = self.engine.weights_gb
         metrics |= timer.metrics() | memory_metrics() | _reward_metrics(e.scores) | e.metrics
@@ -384,6 +395,16 @@ class Trainer:
             "training/staleness": staleness,
             "perf/recompiles": self.compiles.count - compiled,
         }
+
+    def _mfu_metrics(self, lengths: dict[str, np.ndarray], seconds: Mapping[str, float]) -> dict[str, float]:
+        """How much of its peak the hardware reached in the updates, where it is known: in bfloat16 on a known device."""
+        c, roles, hardware = self.config, self.roles, hardware_named(jax.devices()[0].device_kind)
+        if hardware is None or c.model.compute_dtype != "bfloat16":
+            return {}
+        flops = {"actor": c.actor.ppo_epochs * update_flops(roles.model, **lengths, frozen=roles.has_adapters)}
+        if self.needs_critic:
+            flops["critic"] = c.critic.ppo_epochs * update_flops(roles.critic.config, **lengths, head="score")
+        return mfu_metrics(flops, seconds=seconds, num_devices=self.mesh.size, peak=hardware.flops)
 
     def validate(self, step: int, samples: Samples) -> dict[str, float]:
         """Rewards on the held-out problems with the weights that the engine has."""

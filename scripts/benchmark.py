@@ -121,6 +121,8 @@ class Batch:
 
 
 def run_update(args: argparse.Namespace, setup: Setup) -> None:
+    from jaxrl.models.flops import update_flops
+
     with ExitStack() as stack:
         config, device, ours, theirs = start_sides(stack, setup, JaxrlUpdate, TorchUpdate)
         print_heading(args, setup, device)
@@ -280,30 +282,12 @@ def padded(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.minimum(columns, width - 1)
 
 
-def update_flops(config: ModelConfig, prompt_lengths: np.ndarray, response_lengths: np.ndarray) -> float:
-    """Of one update, a multiplication and an addition counted as two, padding and clipping not at all.
-
-    6 a weight and token (2 forward, 4 backward): the layers at every token, the head at response tokens. Causal
-    attention over T tokens: 3 x 4 x L N H x T (T + 1) / 2. A prompt counts once for each of its responses.
-    """
-    lengths = prompt_lengths + response_lengths
-    attention = 12 * config.num_layers * config.num_heads * config.head_dim * (lengths * (lengths + 1) / 2).sum()
-    head = config.vocab_size * config.hidden_size
-    return float(6 * layer_weights(config) * lengths.sum() + 6 * head * response_lengths.sum() + attention)
-
-
-def layer_weights(config: ModelConfig) -> int:
-    """Weights in the matrices of all layers."""
-    D, F, N, K, H = (
-        config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim
-    )  # fmt: skip
-    return config.num_layers * (D * (N + 2 * K) * H + N * H * D + 3 * D * F)
-
-
 # ---------------------------------------------------------------- generation
 
 
 def run_generate(args: argparse.Namespace, setup: Setup) -> None:
+    from jaxrl.models.flops import generate_flops
+
     with ExitStack() as stack:
         config, device, ours, theirs = start_sides(stack, setup, JaxrlGenerate, TorchGenerate)
         print_heading(args, setup, device)
@@ -418,14 +402,6 @@ class TorchGenerate:
 
     def memory_gb(self) -> float:
         return torch_memory_gb()
-
-
-def generate_flops(config: ModelConfig, prompt_lengths: np.ndarray, response_lengths: np.ndarray) -> float:
-    """2 a weight and token: the layers at every token but the last drawn, the head at every drawn one; attention."""
-    lengths = prompt_lengths + response_lengths - 1
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * (lengths * (lengths + 1) / 2).sum()
-    head = config.vocab_size * config.hidden_size
-    return float(2 * layer_weights(config) * lengths.sum() + 2 * head * response_lengths.sum() + attention)
 
 
 # ---------------------------------------------------------------- both
