@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from test_link import free_port
 from test_trainer import model, numbers_of, settings  # noqa: F401 (fixtures)
+from xla_flags import QUICK
 
 from jaxrl.config import from_dict
 from jaxrl.preemption import EXIT_CODE
@@ -81,7 +82,7 @@ def launch(settings, tmp_path):  # noqa: F811
         (tmp_path / f"{name}.json").write_text(json.dumps(tree))  # JSON is YAML
         command = [*LOCAL, "-n", str(num_processes), "--devices", str(4 // num_processes)]
         # The flags make XLA compile in half the time; conftest's eight devices are not for these runs.
-        flags = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+        flags = f"{QUICK} --xla_backend_optimization_level=0"
         environment = os.environ | {
             "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"{flags} --xla_llvm_disable_expensive_passes=true",
             "SCORED": str(tmp_path / f"{name}.scored"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from test_trainer import model, settings  # noqa: F401 (fixtures)
+from xla_flags import QUICK
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
@@ -76,7 +77,7 @@ def test_a_job_of_two_nodes_names_the_one_that_died_and_goes_on_when_submitted_a
     )
     config, folder = tmp_path / "job.json", tmp_path / "job"
     config.write_text(json.dumps(tree))  # JSON is YAML
-    one_device = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+    one_device = f"{QUICK} --xla_backend_optimization_level=0"
     environment = slurm | {"XLA_FLAGS": one_device}
     log = tmp_path / "first.log"
     job = submit(environment, config, log)
