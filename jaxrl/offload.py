@@ -30,9 +30,9 @@ def to_host(x: jax.Array) -> jax.Array:
     return jax.device_put(x, Space.Host)
 
 
-def fetched(x: jax.Array, place: tuple[int, ...]) -> jax.Array:
+def fetched(x: jax.Array | np.ndarray, place: tuple[int, ...]) -> Any:
     """Outside of programs: x[place] on the device, also of an array in host memory. `place` begins with the layer."""
-    if x.sharding.memory_kind != HOST_KIND:
+    if isinstance(x, np.ndarray) or x.sharding.memory_kind != HOST_KIND:
         return x[place]
     assert isinstance(x.sharding, NamedSharding)
     layer = place[:1]  # of a dimension that no mesh axis splits

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import sys
 import tempfile
 import time
@@ -51,6 +52,8 @@ def main() -> int:
         max_num_seqs=a.max_num_seqs, gpu_memory_utilization=a.gpu_memory_utilization, lora_rank=a.lora_rank, args=a.args,
     )  # fmt: skip
     server = ServerProcess(a.python, spec, key)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         server.start()
         print(f"starting; the log is {server.log}", flush=True)

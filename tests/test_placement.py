@@ -60,7 +60,7 @@ CASES = [
 def test_a_step_with_any_placement_is_the_step_of_one_device(shape, placement, head):
     expected = step.reference(head)
     before, (state, metrics) = take_step(make_mesh(*shape), head, *PLACEMENTS[placement])
-    before = before if head == "lm" else (before,)
+    before = (before.logprobs, before.entropy) if head == "lm" else (before,)
     for got, plain in zip(before, expected.per_token, strict=True):
         np.testing.assert_allclose(got, np.where(step.SEQUENCES.present, plain, 0.0), atol=1e-5)
     # Float32 rounding of sums in another order, with the tolerances of test_parallel.py.

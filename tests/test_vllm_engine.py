@@ -77,7 +77,7 @@ def url(vllm_python, served_models, tmp_path_factory) -> Iterator[str]:
     else:
         pytest.fail((folder / "server.log").read_text()[-5000:])
     yield line.split("[")[1].split("]")[0]
-    serving.send_signal(2)
+    serving.terminate()
     assert serving.wait(30) == 0
 
 

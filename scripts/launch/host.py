@@ -78,7 +78,7 @@ def run(trainer: list[str], servers: list[tuple[str, list[str]]]) -> int:
         print(f"error: {ended[0]} on {host} ended with exit code {code}; the run ends", file=sys.stderr, flush=True)
     for process in processes.values():
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # not SIGINT, which what a shell starts in the background ignores
     for process in processes.values():
         try:
             process.wait(timeout=60)
