@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from jinja2 import TemplateError
@@ -26,6 +26,7 @@ __all__ = ["PromptDataset", "PromptLoader", "Rows", "load_rows"]
 
 log = logging.getLogger(__name__)
 
+Truncation = Literal["error", "left", "right", "middle"]
 CHUNK = 1024  # rows tokenised together by the check of all lengths
 _MISSING = object()
 _MEANING = {
@@ -70,7 +71,7 @@ class PromptDataset(Sequence[Prompt]):
         ground_truth_key: str | None = None,
         data_source: str = "default",
         filter_overlong_prompts: bool = False,
-        truncation: str = "error",  # or left, right, middle
+        truncation: Truncation = "error",
         chat: str | bool = "auto",
         system_prompt: str | None = None,
         apply_chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -86,7 +87,7 @@ class PromptDataset(Sequence[Prompt]):
         self.prompt_key = prompt_key
         self.ground_truth_key = ground_truth_key
         self.data_source = data_source
-        self.truncation = truncation
+        self.truncation: Truncation = truncation
         self.use_chat = _use_chat(chat, tokenizer)
         self.system_prompt = system_prompt
         self.apply_chat_template_kwargs = {"add_generation_prompt": True, **(apply_chat_template_kwargs or {})}
@@ -334,7 +335,7 @@ class PromptLoader(Iterator[list[Prompt]]):
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
 
 
-def truncate(token_ids: list[int], max_length: int, side: str) -> list[int]:
+def truncate(token_ids: list[int], max_length: int, side: Truncation) -> list[int]:
     """Cuts to `max_length` tokens: `left` keeps the end, `right` the beginning, `middle` both, the odd token at the end."""
     if len(token_ids) <= max_length:
         return token_ids

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from .algorithms.choose import choose
 from .checkpoint import Checkpoints
 from .collector import Collector, Experience, sampling_of
 from .config import Config
-from .data import PromptDataset, PromptLoader
+from .data import PromptDataset, PromptLoader, Truncation
 from .distributed import check_same
 from .doctor import NUM_PROMPTS, Doctor
 from .learner import Learner, preparation_of, rows_of
@@ -178,7 +178,7 @@ class Trainer:
         return PromptDataset(
             rows, self.tokenizer, max_prompt_length=d.max_prompt_length, prompt_key=d.prompt_key,
             ground_truth_key=d.ground_truth_key, filter_overlong_prompts=d.filter_overlong_prompts,
-            truncation=d.truncation, system_prompt=d.system_prompt, chat=d.chat,
+            truncation=cast(Truncation, d.truncation), system_prompt=d.system_prompt, chat=d.chat,
             apply_chat_template_kwargs=dict(d.apply_chat_template_kwargs), name=f"data.{split}_files",
         )  # fmt: skip
 
