@@ -1,5 +1,6 @@
 """Every test sees eight CPU devices, so that a mesh is real everywhere."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,17 @@ from xla_flags import QUICK
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+
+import jax  # noqa: E402 - reads the environment above
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_end_with_their_module():
+    """Every program XLA compiles for the CPU holds memory maps, and the kernel allows a process 65530 of them
+    (vm.max_map_count): a process that keeps the programs of all the tests dies of a segmentation fault."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
