@@ -1,9 +1,9 @@
 """What a run writes down: once a step, bit for bit, and on after a kill."""
 
 import importlib.util
-import sys
 import json
 import math
+import sys
 
 import jax.numpy as jnp
 import numpy as np
