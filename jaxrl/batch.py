@@ -3,14 +3,16 @@
 The axis letters used everywhere:
 
     P prompts of a step     G responses a prompt (the group)     B = P x G sequences
-    R packed rows           T tokens of a row                    S target slots of a row (tokens that are predicted)
-    M micro-batches         L layers                             V vocabulary
+    R packed rows           T tokens of a row                    W parts into which a mesh splits rows
+    M micro-batches         S target slots of a part (tokens that are predicted)
+    L layers                V vocabulary
     D hidden size           N query heads                        K key-value heads
     H head size             F mlp size
 
-A *target* is a response token: slot s of row r says which token was produced (`target_ids`) and in which column of the
-row the hidden state sits that predicts it (`target_columns`). Logprobs, values, advantages and losses live on [R, S];
-between stages they are kept as [B, T_response] and moved by `to_slots` and `from_slots` of `packing.py`.
+A *target* is a response token: slot s of part w says which token was produced (`target_ids`) and in which column the
+hidden state sits that predicts it (`target_columns`), the rows of a part lying end to end. So the targets of a device are
+dense, however unevenly they are spread over its rows. Logprobs, values, advantages and losses live on [W, S]; between
+stages they are kept as [B, T_response] and moved by `to_slots` and `from_slots` of `packing.py`.
 """
 
 from __future__ import annotations
@@ -65,28 +67,28 @@ class PackedRows(NamedTuple):
     positions: Int[Any, "R T"]  # of the token in its sequence, for rotary embeddings
     segments: Int[Any, "R T"]  # 0 = padding
     prefixes: Int[Any, "R T"]
-    target_ids: Int[Any, "R S"]
-    target_columns: Int[Any, "R S"]
-    target_mask: Bool[Any, "R S"]  # produced by the model, and trained on
-    target_sequences: Int[Any, "R S"]  # the sequence a slot belongs to; B where the slot is empty
+    target_ids: Int[Any, "W S"]
+    target_columns: Int[Any, "W S"]  # among the R/W x T of the rows of its part
+    target_mask: Bool[Any, "W S"]  # produced by the model, and trained on
+    target_sequences: Int[Any, "W S"]  # the sequence a slot belongs to; B where the slot is empty
 
 
 class PolicyTargets(NamedTuple):
     """What the policy loss needs at each target."""
 
-    old_logprobs: Float[Any, "R S"]
-    advantages: Float[Any, "R S"]
-    ref_logprobs: Float[Any, "R S"]  # zeros where no reference is used
-    rollout_weights: Float[Any, "R S"]  # importance weights old/rollout; ones where not corrected
+    old_logprobs: Float[Any, "W S"]
+    advantages: Float[Any, "W S"]
+    ref_logprobs: Float[Any, "W S"]  # zeros where no reference is used
+    rollout_weights: Float[Any, "W S"]  # importance weights old/rollout; ones where not corrected
     # What the aggregation mode gives a token: loss = sum(token_loss * loss_weights).
-    loss_weights: Float[Any, "R S"]
+    loss_weights: Float[Any, "W S"]
     # The same for the entropy and KL terms: of `actor.loss_agg_mode`, also where the loss has an aggregation of its own.
-    term_weights: Float[Any, "R S"]
+    term_weights: Float[Any, "W S"]
 
 
 class ValueTargets(NamedTuple):
     """What the value loss needs at each target."""
 
-    old_values: Float[Any, "R S"]
-    returns: Float[Any, "R S"]
-    loss_weights: Float[Any, "R S"]
+    old_values: Float[Any, "W S"]
+    returns: Float[Any, "W S"]
+    loss_weights: Float[Any, "W S"]

@@ -231,10 +231,10 @@ class _Case:
         most = c.data.max_response_length
         sequences = Sequences.of(prompts or self.prompts, self.rollouts, most)
         longest = most + max(c.data.max_prompt_length, *(len(ids) for ids in sequences.prompts))
-        row, rows, num = -(-longest // 128) * 128, num_row_shards(policy.mesh), len(self.rollouts)
+        row, ways, num = -(-longest // 128) * 128, num_row_shards(policy.mesh), len(self.rollouts)
         layout = pack(
-            sequences, range(num), row_length=row, rows_per_micro_batch=rows, share_prompt=c.trainer.share_prompt,
-            max_micro_batches=max_micro_batches(num, longest, row, rows),
+            sequences, range(num), row_length=row, rows_per_micro_batch=ways, ways=ways, share_prompt=c.trainer.share_prompt,
+            max_micro_batches=max_micro_batches(num, longest, row, ways),
         )  # fmt: skip
         found = policy.logprobs(self.variables if variables is None else variables, layout, rule or self.doctor.rule)
         return found.sampled[sequences.present]

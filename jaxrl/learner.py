@@ -134,8 +134,8 @@ class Learner:
         c = self.config
         M, R, T = micro_batches_of(c, self.mesh, len(chosen), max_tokens)
         return pack(
-            sequences, chosen, row_length=T, rows_per_micro_batch=R, share_prompt=c.trainer.share_prompt,
-            max_micro_batches=M,
+            sequences, chosen, row_length=T, rows_per_micro_batch=R, max_micro_batches=M,
+            ways=num_row_shards(self.mesh), share_prompt=c.trainer.share_prompt,
         )  # fmt: skip
 
     def _mini_batches(self, sequences: Sequences, epochs: int) -> list[np.ndarray]:

@@ -206,7 +206,7 @@ class WandbLogger:
             raise ValueError(
                 "logger 'wandb' needs the package wandb: pip install 'jaxrl[wandb]', or leave it out of trainer.logger"
             ) from e
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         if mode == "offline":
             log.warning("wandb runs offline: send it later with `wandb sync %s`", run.folder / "wandb" / "offline-*")
         id_file = run.folder / "wandb_id.txt"  # a run that goes on is the same run there

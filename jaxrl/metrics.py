@@ -67,9 +67,9 @@ def explained_variance(returns: Float[np.ndarray, "N"], values: Float[np.ndarray
 
 
 def throughput_metrics(
-    *,
     prompt_lengths: Int[np.ndarray, "B"],
     response_lengths: Int[np.ndarray, "B"],
+    *,
     seconds: Mapping[str, float],
     num_devices: int,
 ) -> dict[str, int | float]:

@@ -1,4 +1,4 @@
-"""Sequences into packed rows, and per-token numbers back and forth between [B, T_response] and the slots [.., R, S].
+"""Sequences into packed rows, and per-token numbers back and forth between [B, T_response] and the slots [.., W, S].
 
 Where several responses answer one prompt, the prompt is laid down once and each response sees it as its prefix
 (`batch.PackedRows`): the model's work on a group of G is prompt + G responses instead of G x (prompt + response), with
@@ -50,18 +50,18 @@ class Layout:
 
     rows: PackedRows  # every array [M, R, ...]
     num_micro_batches: int  # in use; the rest of M is padding that is never computed
-    num_slots: Int[np.ndarray, "M"]  # the most slots that any row of a micro-batch uses
-    slot: Int[np.ndarray, "B T"]  # flat index into [M, R, S]; -1 where there is no token or the sequence is not in it
+    num_slots: Int[np.ndarray, "M"]  # the most slots that any part of a micro-batch uses
+    slot: Int[np.ndarray, "B T"]  # flat index into [M, W, S]; -1 where there is no token or the sequence is not in it
 
     def to_slots(self, values: np.ndarray) -> np.ndarray:
-        """[B, T] -> [M, R, S], zero in empty slots."""
+        """[B, T] -> [M, W, S], zero in empty slots."""
         out = np.zeros(self.rows.target_ids.shape, values.dtype)
         used = self.slot >= 0
         out.reshape(-1)[self.slot[used]] = values[used]
         return out
 
     def from_slots(self, values: np.ndarray) -> np.ndarray:
-        """[M, R, S] -> [B, T], zero where this layout holds no token."""
+        """[M, W, S] -> [B, T], zero where this layout holds no token."""
         used = self.slot >= 0
         out = np.zeros(self.slot.shape, values.dtype)
         out[used] = values.reshape(-1)[self.slot[used]]
@@ -78,9 +78,12 @@ def pack(
     row_length: int,
     rows_per_micro_batch: int,
     max_micro_batches: int,
+    ways: int = 1,
     share_prompt: bool = True,
 ) -> Layout:
     """Lay the `chosen` sequences into rows of `row_length` tokens, and the rows into micro-batches.
+
+    `ways` is how many parts the mesh splits rows into: it divides `rows_per_micro_batch`.
 
     Longest first into the fullest row that has room (best fit): within a few percent of the fewest rows. Rows are then
     dealt to micro-batches in turn, so that each gets its share of the well-filled ones. Deterministic.
@@ -98,7 +101,7 @@ def pack(
             f"and the program was compiled for at most {max_micro_batches}"
         )
     places = [(m, r, row) for m in range(num) for r, row in enumerate(rows[m::num])]
-    return _fill(sequences, places, (max_micro_batches, rows_per_micro_batch, row_length), num)
+    return _fill(sequences, places, (max_micro_batches, rows_per_micro_batch, row_length), ways, num)
 
 
 def max_micro_batches(num_sequences: int, longest_sequence: int, row_length: int, rows_per_micro_batch: int) -> int:
@@ -153,18 +156,23 @@ def _units(sequences: Sequences, chosen: Sequence[int] | np.ndarray, row_length:
 
 
 def _fill(
-    sequences: Sequences, places: list[tuple[int, int, list[Unit]]], shape: tuple[int, int, int], num_micro: int
-) -> Layout:
+    sequences: Sequences, places: list[tuple[int, int, list[Unit]]], shape: tuple[int, int, int], ways: int,
+    num_micro: int,
+) -> Layout:  # fmt: skip
     """Write the units of the row at each place (micro-batch, row) into arrays of `shape` [M, R, T]."""
     B, T_response = sequences.tokens.shape
-    num_rows, row_length = shape[1:]
+    M, R, T = shape
+    rows_of_part = R // ways
     tokens, positions, segments, prefixes = (np.zeros(shape, np.int32) for _ in range(4))
-    ids, columns = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    mask, owner = np.zeros(shape, bool), np.full(shape, B, np.int32)
+    S = rows_of_part * T
+    ids, columns = np.zeros((M, ways, S), np.int32), np.zeros((M, ways, S), np.int32)
+    mask, owner = np.zeros((M, ways, S), bool), np.full((M, ways, S), B, np.int32)
     slot = np.full((B, T_response), -1, np.int64)
-    num_slots = np.zeros(shape[0], np.int32)
+    num_slots = np.zeros((M, ways), np.int32)
     for m, r, units in places:
-        column = next_slot = segment = 0
+        column = segment = 0
+        w, row_in_part = divmod(r, rows_of_part)
+        start, next_slot = row_in_part * T, num_slots[m, w]
         for _, prompt, responses in units:
             prompt_ids = sequences.prompts[prompt]
             shared = len(responses) > 1
@@ -183,13 +191,14 @@ def _fill(
                 tokens[m, r, here] = response
                 positions[m, r, here] = len(prompt_ids) + np.arange(length)
                 segments[m, r, here], prefixes[m, r, here] = segment, prompt_segment
-                ids[m, r, slots] = response
+                ids[m, w, slots] = response
                 # The first token is predicted by the prompt's last hidden state, the others by the token before them.
-                columns[m, r, slots] = np.concatenate([[last], np.arange(column, column + length - 1)])[:length]
-                mask[m, r, slots] = sequences.mask[b, :length]
-                owner[m, r, slots] = b
-                slot[b, :length] = (m * num_rows + r) * row_length + np.arange(next_slot, next_slot + length)
+                before = np.concatenate([[last], np.arange(column, column + length - 1)])[:length]
+                columns[m, w, slots] = start + before
+                mask[m, w, slots] = sequences.mask[b, :length]
+                owner[m, w, slots] = b
+                slot[b, :length] = (m * ways + w) * S + np.arange(next_slot, next_slot + length)
                 column, next_slot = here.stop, slots.stop
-        num_slots[m] = max(num_slots[m], next_slot)
+        num_slots[m, w] = next_slot
     packed = PackedRows(tokens, positions, segments, prefixes, ids, columns, mask, owner)
-    return Layout(packed, num_micro, num_slots, slot)
+    return Layout(packed, num_micro, num_slots.max(axis=1), slot)

@@ -55,9 +55,10 @@ class RewardModel:
         )  # fmt: skip
         longest = max(map(len, token_ids)) + 1
         row_length = ROWS << max(0, -(-longest // ROWS) - 1).bit_length()
-        rows = max(1, self.rows * ROWS // row_length) * num_row_shards(self.mesh)
+        ways = num_row_shards(self.mesh)
+        rows = max(1, self.rows * ROWS // row_length) * ways
         layout = pack(
-            sequences, range(len(samples)), row_length=row_length, rows_per_micro_batch=rows, share_prompt=False,
+            sequences, range(len(samples)), row_length=row_length, rows_per_micro_batch=rows, ways=ways, share_prompt=False,
             max_micro_batches=max_micro_batches(len(samples), row_length, row_length, rows),
         )  # fmt: skip
         values = self.critic.values(self.variables, layout)

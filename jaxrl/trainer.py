@@ -378,11 +378,9 @@ class Trainer:
         if self.val is not None and (is_last or (c.trainer.test_freq > 0 and step % c.trainer.test_freq == 0)):
             with timer("testing"):
                 metrics |= self.validate(step, samples)
-        lengths = {
-            "prompt_lengths": np.array([len(e.prompts[r.group].token_ids) for r in e.rollouts]),
-            "response_lengths": np.array([len(r.token_ids) for r in e.rollouts]),
-        }
-        metrics |= throughput_metrics(**lengths, seconds=timer.seconds, num_devices=self.mesh.size)
+        prompt_lengths = np.array([len(e.prompts[r.group].token_ids) for r in e.rollouts])
+        lengths = prompt_lengths, np.array([len(r.token_ids) for r in e.rollouts])
+        metrics |= throughput_metrics(*lengths, seconds=timer.seconds, num_devices=self.mesh.size)
         metrics |= self._mfu_metrics(lengths, timer.seconds)
         if isinstance(self.engine, JaxEngine):
             metrics["perf/update_weights_gb"] = self.engine.weights_gb
@@ -396,14 +394,14 @@ class Trainer:
             "perf/recompiles": self.compiles.count - compiled,
         }
 
-    def _mfu_metrics(self, lengths: dict[str, np.ndarray], seconds: Mapping[str, float]) -> dict[str, float]:
+    def _mfu_metrics(self, lengths: tuple[np.ndarray, np.ndarray], seconds: Mapping[str, float]) -> dict[str, float]:
         """How much of its peak the hardware reached in the updates, where it is known: in bfloat16 on a known device."""
         c, roles, hardware = self.config, self.roles, hardware_named(jax.devices()[0].device_kind)
         if hardware is None or c.model.compute_dtype != "bfloat16":
             return {}
-        flops = {"actor": c.actor.ppo_epochs * update_flops(roles.model, **lengths, frozen=roles.has_adapters)}
+        flops = {"actor": c.actor.ppo_epochs * update_flops(roles.model, *lengths, frozen=roles.has_adapters)}
         if self.needs_critic:
-            flops["critic"] = c.critic.ppo_epochs * update_flops(roles.critic.config, **lengths, head="score")
+            flops["critic"] = c.critic.ppo_epochs * update_flops(roles.critic.config, *lengths, head="score")
         return mfu_metrics(flops, seconds=seconds, num_devices=self.mesh.size, peak=hardware.flops)
 
     def validate(self, step: int, samples: Samples) -> dict[str, float]:

@@ -30,7 +30,16 @@ from .models.truncation import log_kept_mass
 from .offload import to_device
 from .optimizer import Optimizer, OptState
 from .packing import Layout
-from .parallel import fetch, put_replicated, put_rows, replicated, rows_sharding, use_mesh, within_replica
+from .parallel import (
+    fetch,
+    num_row_shards,
+    put_replicated,
+    put_rows,
+    replicated,
+    rows_sharding,
+    use_mesh,
+    within_replica,
+)
 
 Tree = Any
 
@@ -101,10 +110,12 @@ def _micro(tree: Tree, i: Array) -> Tree:
 
 
 def _hidden(config: ModelConfig, variables: Tree, rows: PackedRows, head: str) -> Any:
+    """[W, R/W x T, D]: where `target_columns` finds them."""
     with jax.named_scope("decoder"):
-        return decoder.hidden_states(
+        hidden = decoder.hidden_states(
             config, variables, rows.tokens, rows.positions, rows.segments, rows.prefixes, head=head
         )
+    return hidden.reshape(len(rows.target_columns), -1, hidden.shape[-1])
 
 
 def _logprobs(
@@ -160,7 +171,7 @@ class Programs:
         return Program(self.mesh, function, **kwargs)
 
     def put(self, layout: Layout, extra: Tree = ()) -> tuple:
-        """A layout and per-target arrays [M, R, S] on the device: (rows, extra, num_slots, num_micro_batches)."""
+        """A layout and per-target arrays [M, W, S] on the device: (rows, extra, num_slots, num_micro_batches)."""
         rows, extra = put_rows(self.mesh, (layout.rows, extra), axis=1)
         counts = put_replicated(self.mesh, (layout.num_slots, np.int32(layout.num_micro_batches)))
         return rows, extra, *counts
@@ -169,10 +180,17 @@ class Programs:
         """Shapes and shardings of what `put` gives for micro-batches [M, R, T] with this role's targets."""
         by_rows, whole = rows_sharding(self.mesh, axis=1), replicated(self.mesh)
 
-        def per_target(dtype: Any) -> jax.ShapeDtypeStruct:
+        M, R, T = shape
+        ways = num_row_shards(self.mesh)
+
+        def per_token(dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows)
 
-        rows = PackedRows(*[per_target(np.int32)] * 8)._replace(target_mask=per_target(np.bool_))
+        def per_target(dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((M, ways, R // ways * T), dtype, sharding=by_rows)
+
+        rows = PackedRows(*[per_token(np.int32)] * 4, *[per_target(np.int32)] * 4)
+        rows = rows._replace(target_mask=per_target(np.bool_))
         targets = self.Targets(*[per_target(np.float32)] * len(self.Targets._fields))
         num_slots = jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=whole)
         return rows, targets, num_slots, jax.ShapeDtypeStruct((), np.int32, sharding=whole)

@@ -14,7 +14,7 @@ from jaxrl.models import decoder
 from jaxrl.models.config import ModelConfig
 from jaxrl.optimizer import abstract_state, make_optimizer
 from jaxrl.packing import Sequences, pack
-from jaxrl.parallel import make_mesh, with_shardings
+from jaxrl.parallel import make_mesh, num_row_shards, with_shardings
 from jaxrl.rollout.engine import Sampling
 from jaxrl.rollout.jax_engine import JaxEngine
 from jaxrl.update import Policy, PolicyLoss, TrainState
@@ -121,7 +121,8 @@ def gradients_on(shape, folder):
     config, variables = load(folder, mesh)
     optimizer = make_optimizer(clip_grad=None, weight_decay=0.0)
     policy = Policy(mesh, config, optimizer, PolicyLoss(entropy_coeff=0.01))
-    layout = pack(batch(), range(8), row_length=32, rows_per_micro_batch=4, max_micro_batches=1)
+    ways = num_row_shards(mesh)
+    layout = pack(batch(), range(8), row_length=32, rows_per_micro_batch=4, max_micro_batches=1, ways=ways)
     random, mask = np.random.default_rng(5), batch().mask.astype(np.float32)
     noise = [random.normal(size=mask.shape).astype(np.float32) for _ in range(2)]
     weights = mask / mask.sum()

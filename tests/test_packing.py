@@ -78,16 +78,18 @@ def test_a_group_that_outgrows_a_row_is_cut_and_its_prompt_repeated():
     assert layout.rows.tokens[0, :, :3].tolist() == [sequences.prompts[0]] * 2
 
 
+@pytest.mark.parametrize("ways", [1, 2])
 @pytest.mark.parametrize("share_prompt", [True, False])
-def test_every_chosen_token_has_one_slot_and_the_column_before_it_in_its_sequence(share_prompt):
+def test_every_chosen_token_has_one_slot_and_the_column_before_it_in_its_sequence(share_prompt, ways):
     random = np.random.default_rng(1)
     for _ in range(40):
         sequences = random_sequences(random, longest=10)
         B = len(sequences.tokens)
         chosen = random.permutation(B)[: random.integers(1, B + 1)]
         layout = pack(
-            sequences, chosen, row_length=20, rows_per_micro_batch=2, max_micro_batches=B, share_prompt=share_prompt
-        )
+            sequences, chosen, row_length=20, rows_per_micro_batch=4, max_micro_batches=B, ways=ways,
+            share_prompt=share_prompt,
+        )  # fmt: skip
         rows, slot = layout.rows, layout.slot
         in_it = sequences.present & np.isin(np.arange(B), chosen)[:, None]
         np.testing.assert_array_equal(slot >= 0, in_it)
@@ -99,7 +101,8 @@ def test_every_chosen_token_has_one_slot_and_the_column_before_it_in_its_sequenc
         assert rows.target_mask.sum() == sequences.mask[in_it].sum()  # and true nowhere else
         assert (rows.target_sequences < B).sum() == len(used)
         # The state that predicts a token stands one place before it in its own sequence: its prompt, then its response.
-        row, column = used // 20, rows.target_columns.reshape(-1)[used]
+        part, at = used // (4 // ways * 20), rows.target_columns.reshape(-1)[used]
+        row, column = part * (4 // ways) + at // 20, at % 20
         seen = [
             (position, token)
             for b in sorted(chosen)
@@ -110,17 +113,18 @@ def test_every_chosen_token_has_one_slot_and_the_column_before_it_in_its_sequenc
         assert list(found) == seen
         for m in range(layout.num_micro_batches):
             assert layout.num_slots[m] == (rows.target_sequences[m] < B).sum(axis=-1).max()
+            assert (np.diff((rows.target_sequences[m] == B).astype(int)) >= 0).all()  # dense: the empty ones at the end
         assert not rows.segments[layout.num_micro_batches :].any()
 
 
 def test_slots_and_sequences_round_trip():
     random = np.random.default_rng(2)
     sequences = make_sequences([3, 5, 2], [8, 1, 0, 4, 5], [0, 0, 1, 1, 2])
-    layout = pack(sequences, [0, 1, 2, 4], row_length=16, rows_per_micro_batch=2, max_micro_batches=3)
+    layout = pack(sequences, [0, 1, 2, 4], row_length=16, rows_per_micro_batch=4, max_micro_batches=3, ways=2)
     values = random.normal(size=sequences.tokens.shape).astype(np.float32)
     kept = sequences.present & (np.arange(5) != 3)[:, None]
     slots = layout.to_slots(values)
-    assert slots.shape == layout.rows.target_ids.shape == (3, 2, 16)
+    assert slots.shape == layout.rows.target_ids.shape == (3, 2, 32)
     assert np.count_nonzero(slots) == kept.sum()
     np.testing.assert_array_equal(layout.from_slots(slots), np.where(kept, values, 0.0))
     np.testing.assert_array_equal(layout.to_slots(sequences.mask), layout.rows.target_mask)  # dtypes are kept
@@ -195,6 +199,9 @@ LAYOUTS = {
     "each sequence with its prompt, two micro-batches": TWO_ROWS | dict(share_prompt=False),
     "prompts shared, two micro-batches": TWO_ROWS,
     "prompts shared, one micro-batch": dict(row_length=30, rows_per_micro_batch=4, max_micro_batches=1),
+    "prompts shared, one micro-batch in two parts": dict(
+        row_length=30, rows_per_micro_batch=4, max_micro_batches=1, ways=2
+    ),
 }
 
 
@@ -226,8 +233,9 @@ def results(policy: Policy, params, layout):
     logprobs, entropy, _ = policy.logprobs({"params": params}, layout)
     rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), layout.rows)
     hidden = hidden_states(policy.config, {"params": params}, rows.tokens, rows.positions, rows.segments, rows.prefixes)
-    at_targets = np.take_along_axis(np.asarray(hidden), rows.target_columns[..., None], axis=1)
-    per_token = [layout.from_slots(x.reshape(layout.rows.tokens.shape)) for x in np.moveaxis(at_targets, -1, 0)]
+    parts = np.asarray(hidden).reshape(len(rows.target_columns), -1, hidden.shape[-1])
+    at_targets = np.take_along_axis(parts, rows.target_columns[..., None], axis=1)
+    per_token = [layout.from_slots(x.reshape(layout.rows.target_ids.shape)) for x in np.moveaxis(at_targets, -1, 0)]
     state = jax.tree.map(jnp.copy, TrainState({"params": params}, policy.optimizer.init({"params": params})))
     targets = PolicyTargets(*map(layout.to_slots, target_columns()))
     state, metrics = policy.step(state, {}, layout, targets, 1e-3)

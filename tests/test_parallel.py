@@ -91,7 +91,7 @@ SEQUENCES, NUMBERS = make_batch()
 @cache
 def layout() -> Layout:
     """Eight rows a micro-batch, so that any of the meshes can split them; two micro-batches, and room for a third."""
-    packed = pack(SEQUENCES, range(24), row_length=20, rows_per_micro_batch=8, max_micro_batches=3)
+    packed = pack(SEQUENCES, range(24), row_length=20, rows_per_micro_batch=8, max_micro_batches=3, ways=8)
     assert packed.num_micro_batches == 2 and packed.rows.segments.max() > 2
     return packed
 

@@ -18,18 +18,18 @@ from jaxrl.algorithms.masked import COUNT_EPSILON, Scalar, count_sequences, sequ
 
 
 def aggregation_weights(
-    mask: Bool[Array, "R S"],
+    mask: Bool[Array, "W S"],
     mode: str | Callable,
     *,
     num_tokens: Scalar,
     num_sequences: Scalar,
-    sequence_ids: Int[Array, "R S"] | None = None,
+    sequence_ids: Int[Array, "W S"] | None = None,
     loss_scale_factor: Scalar | None = None,
-) -> Float[Array, "R S"]:
+) -> Float[Array, "W S"]:
     """The weight of every token in the loss (verl's `loss_agg_mode`); zero where the mask is false.
 
     Args:
-        mask: trained tokens of this micro-batch, padded [B, T] or packed slots [R, S].
+        mask: trained tokens of this micro-batch, padded [B, T] or packed slots [W, S].
         mode: a key of `AGGREGATIONS` or a function with the signature of its entries.
         num_tokens: trained tokens in the whole mini-batch, all micro-batches and devices together.
         num_sequences: sequences with a trained token in the whole mini-batch.
@@ -51,11 +51,11 @@ def aggregation_weights(
 
 
 def aggregate_loss(
-    token_loss: Float[Array, "R S"],
-    mask: Bool[Array, "R S"],
+    token_loss: Float[Array, "W S"],
+    mask: Bool[Array, "W S"],
     mode: str | Callable,
     *,
-    sequence_ids: Int[Array, "R S"] | None = None,
+    sequence_ids: Int[Array, "W S"] | None = None,
     loss_scale_factor: Scalar | None = None,
 ) -> Float[Array, ""]:
     """The loss of a whole batch that is at hand at once, divided by its own counts.
@@ -73,31 +73,31 @@ def aggregate_loss(
     return jnp.sum(jnp.where(mask, token_loss, 0.0) * weights)
 
 
-def token_mean(mask: Bool[Array, "R S"], *, num_tokens: Scalar) -> Float[Array, "R S"]:
+def token_mean(mask: Bool[Array, "W S"], *, num_tokens: Scalar) -> Float[Array, "W S"]:
     """Every token counts the same (DAPO, arXiv:2503.14476): 1 / N."""
     return mask / num_tokens
 
 
-def token_sum(mask: Bool[Array, "R S"]) -> Float[Array, "R S"]:
+def token_sum(mask: Bool[Array, "W S"]) -> Float[Array, "W S"]:
     """The bare sum over tokens: 1."""
     return mask.astype(float)
 
 
-def seq_mean_token_sum(mask: Bool[Array, "R S"], *, num_sequences: Scalar) -> Float[Array, "R S"]:
+def seq_mean_token_sum(mask: Bool[Array, "W S"], *, num_sequences: Scalar) -> Float[Array, "W S"]:
     """Token losses are summed in a sequence, sequences are averaged: 1 / B."""
     return mask / num_sequences
 
 
 def seq_mean_token_sum_norm(
-    mask: Bool[Array, "R S"], *, num_sequences: Scalar, loss_scale_factor: Scalar
-) -> Float[Array, "R S"]:
+    mask: Bool[Array, "W S"], *, num_sequences: Scalar, loss_scale_factor: Scalar
+) -> Float[Array, "W S"]:
     """As `seq_mean_token_sum`, divided by a constant length (Dr. GRPO, arXiv:2503.20783): 1 / (B * L)."""
     return mask / num_sequences / loss_scale_factor
 
 
 def seq_mean_token_mean(
-    mask: Bool[Array, "R S"], *, lengths: Float[Array, "R S"], num_sequences: Scalar
-) -> Float[Array, "R S"]:
+    mask: Bool[Array, "W S"], *, lengths: Float[Array, "W S"], num_sequences: Scalar
+) -> Float[Array, "W S"]:
     """Every sequence counts the same (GRPO, arXiv:2402.03300): 1 / (B * |y_i|)."""
     return mask / (lengths + COUNT_EPSILON) / num_sequences
 

@@ -7,7 +7,7 @@ The contract, which makes micro-batches, packing and the mesh invisible in the r
     loss    = sum over micro-batches of sum(token_loss * aggregation_weights(mask, mode, ...))
     metrics = sum over micro-batches of sums[name], divided by the number of trained tokens in the mini-batch
 
-- Arrays are aligned and of one shape, padded [B, T] or packed slots [R, S]; a loss over whole sequences also takes
+- Arrays are aligned and of one shape, padded [B, T] or packed slots [W, S]; a loss over whole sequences also takes
   `sequence_ids` (see `masked.sequence_sum`). No other loss looks beyond its own token.
 - `token_loss` has the same shape, at least float32, and is zero, with zero gradient, where the mask is false.
 - `sums` holds verl's metrics by name (the caller puts "actor/" or "critic/" before it) as sums over trained tokens,
@@ -72,16 +72,16 @@ def vanilla(
 
 
 def gspo(
-    logprobs: Float[Array, "R S"],
-    old_logprobs: Float[Array, "R S"],
-    advantages: Float[Array, "R S"],
-    mask: Bool[Array, "R S"],
+    logprobs: Float[Array, "W S"],
+    old_logprobs: Float[Array, "W S"],
+    advantages: Float[Array, "W S"],
+    mask: Bool[Array, "W S"],
     *,
     clip_low: Scalar = 0.2,
     clip_high: Scalar = 0.2,
-    rollout_weights: Float[Array, "R S"] | None = None,
-    sequence_ids: Int[Array, "R S"] | None = None,
-) -> tuple[Float[Array, "R S"], Sums]:
+    rollout_weights: Float[Array, "W S"] | None = None,
+    sequence_ids: Int[Array, "W S"] | None = None,
+) -> tuple[Float[Array, "W S"], Sums]:
     """Group sequence policy optimisation, token form (GSPO, arXiv:2507.18071, section 4.3).
 
         s_t = stop(exp(mean of d over the sequence)) * p_t / stop(p_t),   log s_t at most 10
@@ -100,16 +100,16 @@ def gspo(
 
 
 def geo_mean(
-    logprobs: Float[Array, "R S"],
-    old_logprobs: Float[Array, "R S"],
-    advantages: Float[Array, "R S"],
-    mask: Bool[Array, "R S"],
+    logprobs: Float[Array, "W S"],
+    old_logprobs: Float[Array, "W S"],
+    advantages: Float[Array, "W S"],
+    mask: Bool[Array, "W S"],
     *,
     clip_low: Scalar = 0.2,
     clip_high: Scalar = 0.2,
-    rollout_weights: Float[Array, "R S"] | None = None,
-    sequence_ids: Int[Array, "R S"] | None = None,
-) -> tuple[Float[Array, "R S"], Sums]:
+    rollout_weights: Float[Array, "W S"] | None = None,
+    sequence_ids: Int[Array, "W S"] | None = None,
+) -> tuple[Float[Array, "W S"], Sums]:
     """Geometric-mean policy optimisation (GMPO, arXiv:2507.20673): one loss a sequence.
 
         e_t = sign(A) * min(sign(A) * d, sign(A) * clip(d, -clip_low, clip_high)),   d not limited

@@ -55,8 +55,8 @@ def masked_whiten(
 
 
 def sequence_sum(
-    x: Shaped[Array, "R S"], mask: Bool[Array, "R S"], sequence_ids: Int[Array, "R S"] | None = None
-) -> Float[Array, "R S"]:
+    x: Shaped[Array, "W S"], mask: Bool[Array, "W S"], sequence_ids: Int[Array, "W S"] | None = None
+) -> Float[Array, "W S"]:
     """The sum of `x` over the trained tokens of a sequence, handed to every token of that sequence.
 
     Without `sequence_ids` a row is a sequence (the padded layout). With them, each run of equal ids within a row is one
@@ -70,19 +70,19 @@ def sequence_sum(
     return jnp.take_along_axis(sums, runs, axis=1)
 
 
-def sequence_lengths(mask: Bool[Array, "R S"], sequence_ids: Int[Array, "R S"] | None = None) -> Float[Array, "R S"]:
+def sequence_lengths(mask: Bool[Array, "W S"], sequence_ids: Int[Array, "W S"] | None = None) -> Float[Array, "W S"]:
     """The number of trained tokens in each token's sequence, handed to every token like `sequence_sum`."""
     return sequence_sum(mask.astype(float), mask, sequence_ids)
 
 
 def sequence_mean(
-    x: Shaped[Array, "R S"], mask: Bool[Array, "R S"], sequence_ids: Int[Array, "R S"] | None = None
-) -> Float[Array, "R S"]:
+    x: Shaped[Array, "W S"], mask: Bool[Array, "W S"], sequence_ids: Int[Array, "W S"] | None = None
+) -> Float[Array, "W S"]:
     """The mean of `x` over the trained tokens of a sequence, handed to every token; zero where there are none."""
     return sequence_sum(x, mask, sequence_ids) / (sequence_lengths(mask, sequence_ids) + COUNT_EPSILON)
 
 
-def count_sequences(mask: Bool[Array, "R S"], sequence_ids: Int[Array, "R S"] | None = None) -> Int[Array, ""]:
+def count_sequences(mask: Bool[Array, "W S"], sequence_ids: Int[Array, "W S"] | None = None) -> Int[Array, ""]:
     """The number of sequences with at least one trained token."""
     if sequence_ids is None:
         return jnp.sum(jnp.any(mask, axis=1))
@@ -91,7 +91,7 @@ def count_sequences(mask: Bool[Array, "R S"], sequence_ids: Int[Array, "R S"] | 
     return jnp.sum(jnp.zeros_like(mask).at[rows, runs].max(mask))
 
 
-def _runs(sequence_ids: Int[Array, "R S"]) -> Int[Array, "R S"]:
+def _runs(sequence_ids: Int[Array, "W S"]) -> Int[Array, "W S"]:
     """Number the runs of equal ids in each row 0, 1, 2, ..., so that S bounds them whatever the ids are."""
     is_new = jnp.pad(sequence_ids[:, 1:] != sequence_ids[:, :-1], ((0, 0), (1, 0)))
     return jnp.cumsum(is_new, axis=1, dtype=jnp.int32)

@@ -89,11 +89,29 @@ def softmax_weights(
         mask &= distance < s.window
     scores = jnp.where(mask[:, None, None], scores, -1e30)
     if s.sinks is None:
-        return jax.nn.softmax(scores, axis=-1)
+        return _softmax(scores)
     sinks = of_heads(s.sinks)
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sinks))
     exp = jnp.exp(scores - top)
     return exp / (exp.sum(axis=-1, keepdims=True) + jnp.exp(sinks - top))
+
+
+@jax.custom_vjp
+def _softmax(scores: Array) -> Array:
+    """Over the last axis. Backward keeps the weights alone, where autodiff keeps the exponentials too."""
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _softmax_forward(scores):
+    weights = jax.nn.softmax(scores, axis=-1)
+    return weights, weights
+
+
+def _softmax_backward(weights, g):
+    return (weights * (g - (weights * g).sum(axis=-1, keepdims=True)),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def attention_xla(

@@ -16,29 +16,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 # Logits [about this many, V] live at once. On a CPU few, for the cache; elsewhere the matrix units want many.
-CHUNK_ROWS = {"cpu": 256}
+CHUNK_ROWS = {"cpu": 128}
 MANY_CHUNK_ROWS = 1024
 
 
 def target_logprobs(
-    hidden: Float[Array, "R T D"],
+    hidden: Float[Array, "W T D"],
     table: Float[Array, "V D"],
-    columns: Int[Array, "R S"],
-    ids: Int[Array, "R S"],
+    columns: Int[Array, "W S"],
+    ids: Int[Array, "W S"],
     num_slots: Int[Array, ""],
     *,
     bias: Float[Array, "V"] | None = None,
     softcap: float = 0.0,
     temperature: float | Array = 1.0,
     chunk: int | None = None,
-) -> tuple[Float[Array, "R S"], Float[Array, "R S"]]:
+) -> tuple[Float[Array, "W S"], Float[Array, "W S"]]:
     """log p(id) under softmax(hidden[column] . table / temperature), and that softmax's entropy, in nats.
 
     `bias` is added to the logits, and `softcap` bounds them, cap * tanh(logit / cap), before the temperature.
-    The chunks that lie beyond `num_slots` (the most that any row uses) are not computed and come back as 0.
+    The chunks that lie beyond `num_slots` (the most that any part uses) are not computed and come back as 0.
     """
-    R, S = ids.shape
-    chunk = chunk or chunk_slots(R, S, platform_of_mesh())
+    W, S = ids.shape
+    chunk = chunk or chunk_slots(W, S, platform_of_mesh())
     padded = -(-S // chunk) * chunk
     columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
     table = nn.with_logical_constraint(table.astype(hidden.dtype), ("vocab", None))
@@ -46,9 +46,9 @@ def target_logprobs(
     return both[0][:, :S], both[1][:, :S]
 
 
-def chunk_slots(num_rows: int, num_slots: int, platform: str) -> int:
-    """Slots of each row whose logits live at once."""
-    return max(8, min(num_slots, CHUNK_ROWS.get(platform, MANY_CHUNK_ROWS) // num_rows))
+def chunk_slots(num_parts: int, num_slots: int, platform: str) -> int:
+    """Slots of each part whose logits live at once."""
+    return max(8, min(num_slots, CHUNK_ROWS.get(platform, MANY_CHUNK_ROWS) // num_parts))
 
 
 def platform_of_mesh() -> str:
@@ -65,13 +65,13 @@ def _put(x: Array, value: Array, i: Array, chunk: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, value, i * chunk, axis=1)
 
 
-def _take(hidden: Float[Array, "R T D"], columns: Int[Array, "R C"]) -> Float[Array, "R C D"]:
+def _take(hidden: Float[Array, "W T D"], columns: Int[Array, "W C"]) -> Float[Array, "W C D"]:
     return jnp.take_along_axis(hidden, columns[..., None], axis=1)
 
 
-def logits_of(hidden: Float[Array, "R C D"], table: Float[Array, "V D"], bias, softcap: float) -> Float[Array, "R C V"]:
+def logits_of(hidden: Float[Array, "W C D"], table: Float[Array, "V D"], bias, softcap: float) -> Float[Array, "W C V"]:
     """Before the temperature."""
-    logits = jnp.einsum("rcd,vd->rcv", hidden, table, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("wcd,vd->wcv", hidden, table, preferred_element_type=jnp.float32)
     logits = nn.with_logical_constraint(logits, ("rows", None, "vocab"))
     logits = logits if bias is None else logits + bias.astype(jnp.float32)
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
@@ -101,7 +101,7 @@ def _forward(hidden, table, bias, columns, ids, num_slots, temperature, softcap,
 def _backward(softcap, chunk, saved, grads):
     hidden, table, bias, columns, ids, num_slots, temperature, entropy, lse = saved
     grad_logprobs, grad_entropy = grads
-    # Row by row: indexed with row numbers, the rows of a mesh would be gathered on every device.
+    # Part by part: indexed with their numbers, the parts of a mesh would be gathered on every device.
     add_at = jax.vmap(lambda x, columns, g: x.at[columns].add(g))
 
     def body(i, carry):
@@ -118,17 +118,22 @@ def _backward(softcap, chunk, saved, grads):
         if softcap:
             d_logits *= 1 - (logits / softcap) ** 2
         if bias is not None:
-            d_bias += d_logits.sum(axis=(0, 1))
+            d_bias += d_logits.sum(axis=1)
         d_logits = d_logits.astype(table.dtype)
-        d_h = jnp.einsum("rcv,vd->rcd", d_logits, table, preferred_element_type=jnp.float32)
-        d_table += jnp.einsum("rcv,rcd->vd", d_logits, h, preferred_element_type=jnp.float32)
+        d_h = jnp.einsum("wcv,vd->wcd", d_logits, table, preferred_element_type=jnp.float32)
+        d_table += jnp.einsum("wcd,wcv->wdv", h, d_logits, preferred_element_type=jnp.float32)
         return add_at(d_hidden, column, d_h), d_table, d_bias
 
-    no_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32), no_bias
-    d_hidden, d_table, d_bias = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
-    d_bias = None if bias is None else d_bias.astype(bias.dtype)
-    return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), d_bias, None, None, None, None
+    # The table's gradient of each part by itself, and transposed: added up over a mesh once, not with every chunk, and the
+    # wide operand of its product is not the one that XLA transposes.
+    V, D = table.shape
+    by_part = nn.with_logical_constraint(jnp.zeros((len(ids), D, V), jnp.float32), ("rows", None, "vocab"))
+    no_bias = None if bias is None else jnp.zeros((len(ids), V), jnp.float32)
+    start = jnp.zeros(hidden.shape, jnp.float32), by_part, no_bias
+    d_hidden, by_part, d_bias = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
+    d_table = by_part.sum(axis=0).T.astype(table.dtype)
+    d_bias = None if bias is None else d_bias.sum(axis=0).astype(bias.dtype)
+    return d_hidden.astype(hidden.dtype), d_table, d_bias, None, None, None, None
 
 
 _chunked.defvjp(_forward, _backward)

@@ -19,10 +19,10 @@ NO_TOP_K = 2**31 - 1  # more than any vocabulary has
 
 
 def log_kept_mass(
-    hidden: Float[Array, "R T D"],
+    hidden: Float[Array, "W T D"],
     table: Float[Array, "V D"],
-    columns: Int[Array, "R S"],
-    ids: Int[Array, "R S"],
+    columns: Int[Array, "W S"],
+    ids: Int[Array, "W S"],
     num_slots: Int[Array, ""],
     *,
     temperature: float | Array,
@@ -31,21 +31,21 @@ def log_kept_mass(
     bias: Float[Array, "V"] | None = None,
     softcap: float = 0.0,
     chunk: int | None = None,
-) -> Float[Array, "R S"]:
+) -> Float[Array, "W S"]:
     """log of the mass, under softmax(logits / temperature), of the tokens that top-k and then top-p keep.
 
     log p(id) minus this is the logprob in the truncated distribution. The chosen id counts as kept: it was drawn, and a
     trainer whose logits are rounded otherwise, or have moved on since, must not find it impossible. Arguments as of
     `logprobs.target_logprobs`; `top_k=-1` and `top_p=1` keep all. Which tokens are kept has no gradient.
     """
-    R, S = ids.shape
-    chunk = chunk or chunk_slots(R, S, platform_of_mesh())
+    W, S = ids.shape
+    chunk = chunk or chunk_slots(W, S, platform_of_mesh())
     padded = -(-S // chunk) * chunk
     columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
     table = nn.with_logical_constraint(table.astype(hidden.dtype), ("vocab", None))
     top_k = jnp.where(jnp.asarray(top_k) > 0, top_k, NO_TOP_K)
 
-    def of_chunk(i: Array) -> Float[Array, "R C"]:
+    def of_chunk(i: Array) -> Float[Array, "W C"]:
         column, token = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in (columns, ids))
         logits = logits_of(jnp.take_along_axis(hidden, column[..., None], axis=1), table, bias, softcap) / temperature
         fixed = jax.lax.stop_gradient(logits)
@@ -55,12 +55,12 @@ def log_kept_mass(
         return jax.nn.logsumexp(inside, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
     @jax.checkpoint
-    def step(_: None, i: Array) -> tuple[None, Float[Array, "R C"]]:
-        zeros = jnp.zeros((R, chunk), jnp.float32)
+    def step(_: None, i: Array) -> tuple[None, Float[Array, "W C"]]:
+        zeros = jnp.zeros((W, chunk), jnp.float32)
         return None, jax.lax.cond(i * chunk < num_slots, of_chunk, lambda i: zeros, i)
 
     _, mass = jax.lax.scan(step, None, jnp.arange(padded // chunk))
-    return mass.swapaxes(0, 1).reshape(R, padded)[:, :S]
+    return mass.swapaxes(0, 1).reshape(W, padded)[:, :S]
 
 
 def keep_top_k(logits: Float[Array, "*B V"], k: Int[Array, ""]) -> Float[Array, "*B V"]:

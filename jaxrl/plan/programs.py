@@ -22,7 +22,7 @@ from ..config import Config
 from ..learner import micro_batches_of
 from ..models.config import ModelConfig
 from ..models.logprobs import chunk_slots
-from ..parallel import generation_mesh
+from ..parallel import generation_mesh, num_row_shards
 from ..roles import Roles
 from ..rollout.engine import Sampling
 from ..rollout.jax_engine import JaxEngine
@@ -117,8 +117,9 @@ def _training(c: Config, roles: Roles) -> list[Work]:
 
     def work(name: str, kind: str, model: ModelConfig, lower, num: int, max_tokens: int, uses, epochs: int = 0) -> Work:
         M, R, T = shape = micro_batches_of(c, roles.mesh, num, max_tokens)
+        ways = num_row_shards(roles.mesh)
         targets = T // (d.max_prompt_length + d.max_response_length) * d.max_response_length
-        chunks = -(-targets // chunk_slots(R, T, platform))
+        chunks = -(-targets * (R // ways) // chunk_slots(ways, R // ways * T, platform))
         calls = max(1, epochs * sequences // mini_batch)
         return Work(name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), uses=uses)
 
