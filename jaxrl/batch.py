@@ -55,7 +55,7 @@ class Rollout:
 
 
 class PackedRows(NamedTuple):
-    """Sequences laid end to end in rows of one length. Leading axes may precede R (micro-batches).
+    """Sequences laid end to end in rows of one length. Leading axes may precede R and W (micro-batches).
 
     As with all records of this kind, the fields are numpy arrays on the host, jax arrays on devices, shapes in a plan.
 

@@ -48,7 +48,7 @@ class Sequences:
 class Layout:
     """Rows in micro-batches, and where each response token went."""
 
-    rows: PackedRows  # every array [M, R, ...]
+    rows: PackedRows  # arrays [M, R, T], and of targets [M, W, S]
     num_micro_batches: int  # in use; the rest of M is padding that is never computed
     num_slots: Int[np.ndarray, "M"]  # the most slots that any part of a micro-batch uses
     slot: Int[np.ndarray, "B T"]  # flat index into [M, W, S]; -1 where there is no token or the sequence is not in it
@@ -86,7 +86,8 @@ def pack(
     `ways` is how many parts the mesh splits rows into: it divides `rows_per_micro_batch`.
 
     Longest first into the fullest row that has room (best fit): within a few percent of the fewest rows. Rows are then
-    dealt to micro-batches in turn, so that each gets its share of the well-filled ones. Deterministic.
+    dealt to micro-batches in turn, and within each to parts in turn, so that each gets its share of the well-filled ones.
+    Deterministic.
     """
     rows = _best_fit(_units(sequences, chosen, row_length, share=False), row_length)
     if share_prompt:
@@ -100,7 +101,8 @@ def pack(
             f"{len(rows)} packed rows of {row_length} tokens need {num} micro-batches of {rows_per_micro_batch} rows, "
             f"and the program was compiled for at most {max_micro_batches}"
         )
-    places = [(m, r, row) for m in range(num) for r, row in enumerate(rows[m::num])]
+    rows_of_part = rows_per_micro_batch // ways
+    places = [(m, i % ways * rows_of_part + i // ways, row) for m in range(num) for i, row in enumerate(rows[m::num])]
     return _fill(sequences, places, (max_micro_batches, rows_per_micro_batch, row_length), ways, num)
 
 
@@ -162,6 +164,7 @@ def _fill(
     """Write the units of the row at each place (micro-batch, row) into arrays of `shape` [M, R, T]."""
     B, T_response = sequences.tokens.shape
     M, R, T = shape
+    assert R % ways == 0, "a mesh splits rows evenly"
     rows_of_part = R // ways
     tokens, positions, segments, prefixes = (np.zeros(shape, np.int32) for _ in range(4))
     S = rows_of_part * T

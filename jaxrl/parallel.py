@@ -132,7 +132,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rows_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """For arrays whose dimension `axis` is packed rows or sequences."""
+    """For arrays whose dimension `axis` is packed rows, parts of them, or sequences."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, RULES["rows"]))
 
 

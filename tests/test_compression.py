@@ -22,11 +22,11 @@ def train(method: str, steps: int, shape=(4, 2, 1), kept: float = 0.1):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
     wanted = abstract_train_state(programs.optimizer, {"params": abstract}, (), optim)
     state = new_train_state(mesh, programs.optimizer, {"params": params}, wanted)
-    text = programs.lower_step(wanted, {}, step.layout().rows.tokens.shape).compile().as_text()
+    text = programs.lower_step(wanted, {}, step.layout(mesh).rows.tokens.shape).compile().as_text()
     sent = sum(c.bytes * c.times for c in facts(text, 8).collectives if "data" in c.axes(dict(mesh.shape)))
     losses = []
     for _ in range(steps):
-        state, metrics = programs.step(state, {}, step.layout(), targets, step.LR)
+        state, metrics = programs.step(state, {}, step.layout(mesh), targets, step.LR)
         losses.append(float(metrics["losses"]["pg_loss"]))
     return losses, jax.device_get(state), sent
 

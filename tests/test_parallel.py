@@ -88,16 +88,20 @@ def make_batch() -> tuple[Sequences, dict[str, np.ndarray]]:
 SEQUENCES, NUMBERS = make_batch()
 
 
+def layout(mesh) -> Layout:
+    return layout_in(num_row_shards(mesh))
+
+
 @cache
-def layout() -> Layout:
+def layout_in(ways: int) -> Layout:
     """Eight rows a micro-batch, so that any of the meshes can split them; two micro-batches, and room for a third."""
-    packed = pack(SEQUENCES, range(24), row_length=20, rows_per_micro_batch=8, max_micro_batches=3, ways=8)
+    packed = pack(SEQUENCES, range(24), row_length=20, rows_per_micro_batch=8, max_micro_batches=3, ways=ways)
     assert packed.num_micro_batches == 2 and packed.rows.segments.max() > 2
     return packed
 
 
-def targets_of(kind):
-    return kind(*(layout().to_slots(np.float32(NUMBERS[name])) for name in kind._fields))
+def targets_of(kind, mesh):
+    return kind(*(layout(mesh).to_slots(np.float32(NUMBERS[name])) for name in kind._fields))
 
 
 # The reference: one device, no mesh, no packing, the formulas as the papers have them.
@@ -171,11 +175,11 @@ def reference(head: str) -> Reference:
 def role(mesh, head: str):
     optimizer = make_optimizer(weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD, eps=EPS)
     if head == "score":
-        return Critic(mesh, model("score"), optimizer, cliprange_value=VALUE_CLIP), targets_of(ValueTargets)
+        return Critic(mesh, model("score"), optimizer, cliprange_value=VALUE_CLIP), targets_of(ValueTargets, mesh)
     loss = PolicyLoss(
         clip_low=CLIP, clip_high=CLIP, clip_c=DUAL_CLIP, entropy_coeff=ENTROPY_COEFF, kl_loss_coef=KL_COEF
     )
-    return Policy(mesh, model("lm"), optimizer, loss), targets_of(PolicyTargets)
+    return Policy(mesh, model("lm"), optimizer, loss), targets_of(PolicyTargets, mesh)
 
 
 def assert_trees_close(got, expected, *, rtol: float, atol: float) -> None:
@@ -191,7 +195,7 @@ def test_a_step_on_any_mesh_is_the_step_of_one_device(shape, head):
     programs, targets = role(mesh, head)
     state = init_state(programs.optimizer, {"params": load(mesh, head)})
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    state, metrics = programs.step(state, {}, layout(), targets, LR)
+    state, metrics = programs.step(state, {}, layout(mesh), targets, LR)
     # Float32 rounding of sums in another order. Sizes: losses 1, gradients 0.1 (clipped to a norm of 1), steps 0.01.
     assert_trees_close(metrics["losses"], expected.losses, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], expected.norm, rtol=1e-5)
@@ -205,8 +209,8 @@ def test_a_step_on_any_mesh_is_the_step_of_one_device(shape, head):
 
 def test_logprobs_and_values_on_a_mesh_are_those_of_one_device():
     mesh, present = make_mesh(2, 2, 2), SEQUENCES.present
-    logprobs, entropy, _ = role(mesh, "lm")[0].logprobs({"params": load(mesh, "lm")}, layout())
-    values = role(mesh, "score")[0].values({"params": load(mesh, "score")}, layout())
+    logprobs, entropy, _ = role(mesh, "lm")[0].logprobs({"params": load(mesh, "lm")}, layout(mesh))
+    values = role(mesh, "score")[0].values({"params": load(mesh, "score")}, layout(mesh))
     expected = [*reference("lm").per_token, *reference("score").per_token]
     for got, plain in zip((logprobs, entropy, values), expected, strict=True):
         np.testing.assert_allclose(got, np.where(present, plain, 0.0), atol=1e-5)
@@ -289,7 +293,7 @@ def test_adapters_train_on_a_mesh_and_the_base_stays():
     )
     start, base = jax.device_get(lora), load(mesh, "lm")
     state = init_state(policy.optimizer, {"lora": lora})
-    state, metrics = policy.step(state, {"params": base}, layout(), targets, LR)
+    state, metrics = policy.step(state, {"params": base}, layout(mesh), targets, LR)
 
     # B is zero: the losses are the base's, A has no gradient, and that of B is scale A' dW, for y = x W + scale x A B.
     plain = reference("lm")

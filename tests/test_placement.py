@@ -40,8 +40,8 @@ def take_step(mesh, head: str, changes: dict, offload: tuple[str, ...]):
     wanted = abstract_train_state(programs.optimizer, {"params": abstract}, offload)
     state = new_train_state(mesh, programs.optimizer, {"params": params}, wanted)
     forward = programs.logprobs if head == "lm" else programs.values
-    before = forward(state.trained, step.layout())
-    state, metrics = programs.step(state, {}, step.layout(), targets, step.LR)
+    before = forward(state.trained, step.layout(mesh))
+    state, metrics = programs.step(state, {}, step.layout(mesh), targets, step.LR)
     for kind, tree in (("params", state.trained), ("optimizer", state.opt_state.mu)):
         for path, x in jax.tree.leaves_with_path(tree):  # what was on the host is there again
             assert x.sharding.memory_kind == (HOST_KIND if kind in offload and waits(path, x) else "device"), path

@@ -225,11 +225,11 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         activation = ACTIVATIONS[self.config.activation]
         if self.config.gated:
-            return self.down_proj(_gated(activation, self.gate_proj(x), self.up_proj(x)))
+            return self.down_proj(gated(activation, self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(activation(self.up_proj(x)))
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
-def _gated(activation: Callable[[Array], Array], gate: Array, up: Array) -> Array:
+def gated(activation: Callable[[Array], Array], gate: Array, up: Array) -> Array:
     """Backward computes the activation again: cheaper than to keep what its derivative is made of, three arrays more."""
     return activation(gate) * up

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Logits [about this many, V] live at once. On a CPU few, for the cache; elsewhere the matrix units want many.
+# Logits [about this many, V] live at once. On a CPU few over all parts, for the cache; elsewhere many on each device: its
+# matrix units want them, and with every chunk the gradient of the whole table is read and written.
 CHUNK_ROWS = {"cpu": 128}
 MANY_CHUNK_ROWS = 1024
 
@@ -48,7 +49,8 @@ def target_logprobs(
 
 def chunk_slots(num_parts: int, num_slots: int, platform: str) -> int:
     """Slots of each part whose logits live at once."""
-    return max(8, min(num_slots, CHUNK_ROWS.get(platform, MANY_CHUNK_ROWS) // num_parts))
+    most = CHUNK_ROWS[platform] // num_parts if platform in CHUNK_ROWS else MANY_CHUNK_ROWS
+    return max(8, min(num_slots, most))
 
 
 def platform_of_mesh() -> str:
@@ -105,7 +107,7 @@ def _backward(softcap, chunk, saved, grads):
     add_at = jax.vmap(lambda x, columns, g: x.at[columns].add(g))
 
     def body(i, carry):
-        d_hidden, d_table, d_bias = carry
+        d_hidden, table_by_part, bias_by_part = carry
         column = _slice(columns, i, chunk)
         h = _take(hidden, column)
         logits = logits_of(h, table, bias, softcap)
@@ -118,21 +120,21 @@ def _backward(softcap, chunk, saved, grads):
         if softcap:
             d_logits *= 1 - (logits / softcap) ** 2
         if bias is not None:
-            d_bias += d_logits.sum(axis=1)
+            bias_by_part += d_logits.sum(axis=1)
         d_logits = d_logits.astype(table.dtype)
         d_h = jnp.einsum("wcv,vd->wcd", d_logits, table, preferred_element_type=jnp.float32)
-        d_table += jnp.einsum("wcd,wcv->wdv", h, d_logits, preferred_element_type=jnp.float32)
-        return add_at(d_hidden, column, d_h), d_table, d_bias
+        table_by_part += jnp.einsum("wcd,wcv->wdv", h, d_logits, preferred_element_type=jnp.float32)
+        return add_at(d_hidden, column, d_h), table_by_part, bias_by_part
 
     # The table's gradient of each part by itself, and transposed: added up over a mesh once, not with every chunk, and the
     # wide operand of its product is not the one that XLA transposes.
-    V, D = table.shape
-    by_part = nn.with_logical_constraint(jnp.zeros((len(ids), D, V), jnp.float32), ("rows", None, "vocab"))
-    no_bias = None if bias is None else jnp.zeros((len(ids), V), jnp.float32)
-    start = jnp.zeros(hidden.shape, jnp.float32), by_part, no_bias
-    d_hidden, by_part, d_bias = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
-    d_table = by_part.sum(axis=0).T.astype(table.dtype)
-    d_bias = None if bias is None else d_bias.sum(axis=0).astype(bias.dtype)
+    W, (V, D) = len(ids), table.shape
+    table_by_part = nn.with_logical_constraint(jnp.zeros((W, D, V), jnp.float32), ("rows", None, "vocab"))
+    bias_by_part = None if bias is None else jnp.zeros((W, V), jnp.float32)
+    start = jnp.zeros(hidden.shape, jnp.float32), table_by_part, bias_by_part
+    d_hidden, table_by_part, bias_by_part = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
+    d_table = table_by_part.sum(axis=0).T.astype(table.dtype)
+    d_bias = None if bias is None else bias_by_part.sum(axis=0).astype(bias.dtype)
     return d_hidden.astype(hidden.dtype), d_table, d_bias, None, None, None, None
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .config import ModelConfig
-from .layers import INIT, Dense, logical
+from .layers import INIT, Dense, gated, logical
 
 _SWIGLU_ALPHA = 1.702  # of gpt-oss
 
@@ -37,7 +37,7 @@ class MixtureOfExperts(nn.Module):
             gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
             hidden = (up + 1) * gate * nn.sigmoid(_SWIGLU_ALPHA * gate)
         else:
-            hidden = nn.silu(gate) * up
+            hidden = gated(nn.silu, gate, up)
         weights = self._weights(self.router(x)).astype(x.dtype)
         return jnp.einsum("ebtd,bte->btd", self.expert_down(hidden), weights)
 
