@@ -335,6 +335,23 @@ def test_a_server_that_is_not_there_is_dropped_and_the_others_go_on(url, served_
         served.engine.close()
 
 
+def test_prompts_that_fill_more_than_one_step_of_the_server_are_read_whole(vllm_python, served_models, tmp_path):
+    # Of 256 tokens a step the third prompt would be cut, which ends vLLM's engine on a CPU: its draws are seeded.
+    source = open_pretrained(served_models["tied"])
+    served = opened(source, tmp_path, python=vllm_python, args={"max_num_batched_tokens": 256})
+    prompts = [prompt_of([3 + (7 * i + j) % 70 for j in range(100)], i) for i in range(5)]
+    try:
+        served.engine.update_weights({"params": served.params}, 1)
+        process = served.engine.pool.servers[0].process
+        assert process is not None
+        before = process.pid
+        rollouts = served.engine.generate(prompts, Sampling(max_tokens=4, n=2), seed=0)
+        assert [r.group for r in rollouts] == [p for p in range(5) for _ in range(2)]
+        assert process.pid == before, "the server was started again"
+    finally:
+        served.engine.close()
+
+
 def test_adapters_alone_go_to_a_server_that_holds_the_base(vllm_python, served_models, tmp_path):
     source, mesh = open_pretrained(served_models["tied"]), make_mesh(1, 1, 1)
     plain = model_config(Model(path="", compute_dtype="float32"), source.hf_config)

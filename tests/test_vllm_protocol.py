@@ -21,9 +21,10 @@ from jaxrl.rollout.engine import Sampling
 from jaxrl.rollout.protocol import Manifest, Refused, check_export, read_layout
 from jaxrl.rollout.vllm_adapter import ServerSpec, command, explain, untried
 from jaxrl.rollout.vllm_process import ServerProcess
+from jaxrl.rollout.vllm_server import shared_memory, unlink
 from jaxrl.weights.export import hf_tensors
 from jaxrl.weights.folder import load_hf_config
-from jaxrl.weights.sync import FileSink, adapter_export, model_export, model_shapes
+from jaxrl.weights.sync import FileSink, SharedFolder, adapter_export, model_export, model_shapes
 
 MODEL = Path(__file__).parent / "data" / "hf_torch" / "llama32-tied"
 
@@ -213,6 +214,31 @@ def test_shared_memory_goes_when_its_holder_is_killed():
     while folder.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_shared_memory_of_a_dead_server_is_its_own_and_not_the_export_that_it_had_open():
+    # A server maps an export while it loads it; the one that is started in its place loads the same file.
+    exports = SharedFolder()
+    try:
+        export, own = exports.path / "model.safetensors", exports.path.with_name(exports.path.name + "-own")
+        for path in (export, own):
+            path.write_bytes(b"x" * 4096)
+        code = (
+            "import mmap, sys; files = [open(p, 'r+b') for p in sys.argv[1:]]; "
+            "maps = [mmap.mmap(f.fileno(), 0) for f in files]; print(1, flush=True); input()"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(export), str(own)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True,
+        ) as server:  # fmt: skip
+            assert server.stdout is not None and server.stdout.readline()
+            found = shared_memory(server.pid)
+            server.kill()
+        assert found == {str(own)}
+        unlink(found)
+        assert export.exists() and not own.exists()
+    finally:
+        exports.close()
 
 
 @pytest.mark.parametrize(

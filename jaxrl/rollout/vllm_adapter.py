@@ -135,6 +135,9 @@ def command(python: str, spec: ServerSpec, device: str) -> list[str]:
         "max_logprobs": 1,
         "enable_scale_out": True,  # the route /inference/v1/generate
         "enforce_eager": True if device == "cpu" else None,  # compiling takes minutes there and gains nothing
+        # On a CPU a seeded request whose prompt is read in two steps ends the engine: a generator there has no offset that
+        # could be turned back. So prompts are read whole.
+        "enable_chunked_prefill": False if device == "cpu" else None,
         "worker_extension_cls": f"{__name__}.Worker",
         "middleware": f"{__name__}.Gate",
         "disable_uvicorn_access_log": True,

@@ -94,7 +94,9 @@ def members(group: int) -> set[int]:
 
 
 def shared_memory(group: int) -> set[str]:
-    """The files in /dev/shm that the processes of a group have mapped."""
+    """The files in /dev/shm that the processes of a group have mapped: their own, and not the trainer's exports, which
+    lie in a folder there and are what the next server will load.
+    """
     names = set()
     for pid in members(group):
         try:
@@ -102,6 +104,7 @@ def shared_memory(group: int) -> set[str]:
         except OSError:
             continue
         names |= {line[line.index("/dev/shm/") :] for line in maps.splitlines() if "/dev/shm/" in line}
+    names = {name for name in names if name.count("/") == 3}
     return {name for name in names if not name.endswith(" (deleted)")}
 
 
