@@ -375,16 +375,25 @@ def _gap(rollout_logprobs: Array, logprobs: Array, mask: Array) -> tuple[Tree, T
 
 
 def accumulate(loss: Callable, trained: Tree, frozen: Tree, rows, targets, num_slots, num_micro):
-    """Gradients and `Measured`, added (of the maxima, the largest) over the first `num_micro` micro-batches."""
-    gradient = jax.grad(loss, has_aux=True)
+    """Gradients and `Measured`, added (of the maxima, the largest) over the first `num_micro` micro-batches.
+
+    The gradients are added up where they lie (`jax.new_ref`): backward adds to the slice of a layer as soon as it has it.
+    A gradient of each micro-batch by itself would be a second copy, written, read and added.
+    """
+    grads = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), trained)
 
     def one(i):
-        return gradient(trained, frozen, _micro(rows, i), _micro(targets, i), num_slots[i])
+        def of(trained):
+            return loss(trained, frozen, _micro(rows, i), _micro(targets, i), num_slots[i])
 
-    def body(i, carry):
-        before, now = carry, one(i)
-        grads, measured = jax.tree.map(jnp.add, before, now)
-        return grads, measured._replace(gap_max=jax.tree.map(jnp.maximum, before[1].gap_max, now[1].gap_max))
+        return jax.vjp(of, trained, has_aux=True)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jnp.int32(0)))
-    return jax.lax.fori_loop(0, num_micro, body, zeros)
+    def body(i, before):
+        part, backward, now = one(i)
+        backward.with_refs(grads)(jnp.ones_like(part))
+        added = jax.tree.map(jnp.add, before, now)
+        return added._replace(gap_max=jax.tree.map(jnp.maximum, before.gap_max, now.gap_max))
+
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: one(jnp.int32(0))[2]))
+    measured = jax.lax.fori_loop(0, num_micro, body, nothing)
+    return jax.tree.map(jax.freeze, grads), measured

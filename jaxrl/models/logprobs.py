@@ -42,7 +42,6 @@ def target_logprobs(
     chunk = chunk or chunk_slots(W, S, platform_of_mesh())
     padded = -(-S // chunk) * chunk
     columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
-    table = nn.with_logical_constraint(table.astype(hidden.dtype), ("vocab", None))
     both: Any = _chunked(hidden, table, bias, columns, ids, num_slots, jnp.float32(temperature), softcap, chunk)
     return both[0][:, :S], both[1][:, :S]
 
@@ -84,7 +83,9 @@ def _chunked(hidden, table, bias, columns, ids, num_slots, temperature, softcap,
     return _forward(hidden, table, bias, columns, ids, num_slots, temperature, softcap, chunk)[0]
 
 
-def _forward(hidden, table, bias, columns, ids, num_slots, temperature, softcap, chunk):
+def _forward(hidden, stored_table, bias, columns, ids, num_slots, temperature, softcap, chunk):
+    table = nn.with_logical_constraint(stored_table.astype(hidden.dtype), ("vocab", None))
+
     def body(i, out):
         logits = logits_of(_take(hidden, _slice(columns, i, chunk)), table, bias, softcap) / temperature
         lse = jax.nn.logsumexp(logits, axis=-1)
@@ -97,11 +98,11 @@ def _forward(hidden, table, bias, columns, ids, num_slots, temperature, softcap,
     zeros = jnp.zeros(ids.shape, jnp.float32)
     num_chunks = -(-num_slots // chunk)
     logprobs, entropy, lse = jax.lax.fori_loop(0, num_chunks, body, (zeros, zeros, zeros))
-    return (logprobs, entropy), (hidden, table, bias, columns, ids, num_slots, temperature, entropy, lse)
+    return (logprobs, entropy), (hidden, table, stored_table, bias, columns, ids, num_slots, temperature, entropy, lse)
 
 
 def _backward(softcap, chunk, saved, grads):
-    hidden, table, bias, columns, ids, num_slots, temperature, entropy, lse = saved
+    hidden, table, stored_table, bias, columns, ids, num_slots, temperature, entropy, lse = saved
     grad_logprobs, grad_entropy = grads
     # Part by part: indexed with their numbers, the parts of a mesh would be gathered on every device.
     add_at = jax.vmap(lambda x, columns, g: x.at[columns].add(g))
@@ -133,7 +134,7 @@ def _backward(softcap, chunk, saved, grads):
     bias_by_part = None if bias is None else jnp.zeros((W, V), jnp.float32)
     start = jnp.zeros(hidden.shape, jnp.float32), table_by_part, bias_by_part
     d_hidden, table_by_part, bias_by_part = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
-    d_table = table_by_part.sum(axis=0).T.astype(table.dtype)
+    d_table = table_by_part.sum(axis=0).T.astype(stored_table.dtype)
     d_bias = None if bias is None else bias_by_part.sum(axis=0).astype(bias.dtype)
     return d_hidden.astype(hidden.dtype), d_table, d_bias, None, None, None, None
 
