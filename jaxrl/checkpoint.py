@@ -32,7 +32,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], *, max_to_keep: int | None = None) -> None:
         if max_to_keep is not None and max_to_keep < 1:
             raise ValueError(f"max_to_keep {max_to_keep} must be 1 or more, or null to keep every checkpoint")
-        self._folder = epath.Path(folder)
+        self._folder = epath.Path(folder if "://" in str(folder) else os.path.abspath(folder))  # as orbax wants it
         self._max_to_keep = max_to_keep
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None

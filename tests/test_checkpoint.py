@@ -48,6 +48,15 @@ def test_restore_gives_back_every_bit_and_the_meta(tmp_path):
     assert restored_meta == meta
 
 
+def test_the_folder_may_be_relative_as_that_of_a_run_is_by_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("runs/quickstart/checkpoints")
+    checkpoints.save(1, some_state(), {})
+    checkpoints.wait()
+    assert Checkpoints(tmp_path / "runs/quickstart/checkpoints").steps() == [1]
+    assert bits(checkpoints.restore(1, abstract_of(some_state()))[0]) == bits(some_state())
+
+
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
     state = {"w": jax.random.normal(jax.random.key(0), (1000, 1000))}
     before = bits(state)
