@@ -390,6 +390,7 @@ def accumulate(loss: Callable, trained: Tree, frozen: Tree, rows, targets, num_s
 
     def body(i, before):
         part, backward, now = one(i)
+        backward: Any
         backward.with_refs(grads)(jnp.ones_like(part))
         added = jax.tree.map(jnp.add, before, now)
         return added._replace(gap_max=jax.tree.map(jnp.maximum, before.gap_max, now.gap_max))

@@ -83,7 +83,7 @@ class Dense(nn.Module):
             parts = {name: part.value for name, part in self.parts.items()}
             y = packed_product(x, parts, self.packed, self.shape, self.axes, len(self.inputs))
         else:
-            y = cast(Array, _product(x, self.kernel, len(self.inputs)))
+            y = cast(Array, product(x, self.kernel, len(self.inputs)))
         if self.has_variable("lora", "a"):
             # While the tree is made, Linen hands out the arrays in the box that holds their axis names.
             a, b = (nn.meta.unbox(self.get_variable("lora", name)).astype(dtype) for name in ("a", "b"))
@@ -100,7 +100,7 @@ def _split_equation(equation: str) -> tuple[str, str]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, kernel: Array, num_in: int) -> Array:
+def product(x: Array, kernel: Array, num_in: int) -> Array:
     """x [B T in..] times kernel [in.. out..], in the dtype of x; the kernel's gradient is summed in float32.
 
     The gradient is written by hand for the order of its operands: XLA transposes the left one. Autodiff has the output's
@@ -111,7 +111,7 @@ def _product(x: Array, kernel: Array, num_in: int) -> Array:
 
 
 def _product_forward(x, kernel, num_in):
-    return _product(x, kernel, num_in), (x, kernel)
+    return product(x, kernel, num_in), (x, kernel)
 
 
 def _product_backward(num_in, saved, g):
@@ -125,7 +125,7 @@ def _last(x: Array, num: int) -> tuple[int, ...]:
     return tuple(range(x.ndim - num, x.ndim))
 
 
-_product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward)
 
 
 class RMSNorm(nn.Module):
