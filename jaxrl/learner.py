@@ -61,7 +61,9 @@ class Learner:
                 old_logprobs, log_kept = old.sampled, old.log_kept
         if c.needs_ref:
             with timer("ref"):
-                ref_logprobs = roles.policy.logprobs(roles.ref, everything, (c.rollout.temperature, -1, 1.0)).logprobs
+                ref_logprobs = roles.ref_policy.logprobs(
+                    roles.ref, everything, (c.rollout.temperature, -1, 1.0)
+                ).logprobs
         if roles.needs_critic:
             with timer("values"):
                 layout = self._pack(sequences, range(len(rollouts)), c.critic.ppo_max_token_len_per_gpu)

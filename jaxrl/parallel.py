@@ -6,7 +6,7 @@ along it), `tensor` (heads, mlp and vocabulary are split along it). Rows of a ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +83,22 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Within it, the axis words in `models/` mean this mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(list(RULES.items())):
         yield
+
+
+class Program:
+    """A compiled function in which the axis words of the model mean `mesh`."""
+
+    def __init__(self, mesh: Mesh, function: Callable, **kwargs: Any):
+        self.mesh, self.jitted = mesh, jax.jit(function, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with use_mesh(self.mesh):
+            return self.jitted(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes and shardings (`jax.ShapeDtypeStruct`), not yet compiled."""
+        with use_mesh(self.mesh):
+            return self.jitted.lower(*args, **kwargs)
 
 
 @contextmanager

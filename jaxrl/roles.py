@@ -19,7 +19,7 @@ from .algorithms.choose import choose
 from .algorithms.kl import KL_ESTIMATORS
 from .algorithms.losses import POLICY_LOSSES
 from .compression import abstract_residual
-from .config import Config, Model, Optim
+from .config import Config, CriticSection, Model, Optim, Ref, RewardModelSection
 from .models import decoder
 from .models.config import ModelConfig
 from .offload import waiting
@@ -88,12 +88,19 @@ class Roles:
         self.policy.compression = compression_of(c.actor.optim)
 
     def _describe_ref(self, c: Config, find: Callable[[str], Pretrained]) -> None:
+        self.ref_policy = self.policy
         self.ref_is_base = self.has_adapters and c.ref.path is None  # the model without its adapters
         if self.ref_is_base:
+            if c.ref.compute_dtype not in (None, c.model.compute_dtype):
+                raise ValueError(
+                    f"ref.compute_dtype {c.ref.compute_dtype}: the reference of adapters is the actor's base, whose dtype is "
+                    f"model.compute_dtype {c.model.compute_dtype}: leave it out, or name a ref.path"
+                )
             return
-        plain = model_config(c.model, self.source.hf_config)
+        model = computed(c.model, c.ref)
+        plain = model_config(model, self.source.hf_config)
         self.ref_source = self.source if c.ref.path is None else find(c.ref.path)
-        if model_config(c.model, self.ref_source.hf_config) != plain:
+        if model_config(model, self.ref_source.hf_config) != plain:
             raise ValueError(f"ref.path {c.ref.path} is not of the shape of model.path {self.source.name}")
         packed = self.model.packed
         if packed is not None and packed_kernels(self.ref_source.checkpoint, plain) != packed:
@@ -102,7 +109,9 @@ class Roles:
                 "it out, and the reference is the model without its adapters"
             )
         self.ref_model = dataclasses.replace(plain, packed=packed, max_length=c.max_length)
-        self.ref_abstract = abstract_variables(self.mesh, self.ref_model, "lm", c.model.compute_dtype)
+        if model != c.model:
+            self.ref_policy = Policy(self.mesh, self.ref_model, None, self.policy.loss)
+        self.ref_abstract = abstract_variables(self.mesh, self.ref_model, "lm", model.compute_dtype)
         if "params" in c.ref.offload:
             self.ref_abstract = {**self.ref_abstract, "params": waiting(self.ref_abstract["params"])}
 
@@ -110,7 +119,7 @@ class Roles:
         self.critic_source = self.source if c.critic.path is None else find(c.critic.path)
         layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
         config = model_config(
-            c.model, self.critic_source.hf_config, score_bias=True, module=c.critic.head.module,
+            computed(c.model, c.critic), self.critic_source.hf_config, score_bias=True, module=c.critic.head.module,
             max_length=c.max_length, **layers,
         )  # fmt: skip
         self.critic_optimizer = optimizer_of(c.critic.optim)
@@ -189,6 +198,12 @@ class Roles:
         self.actor = state["actor"]
         if self.needs_critic:
             self.critic_state = state["critic"]
+
+
+def computed(m: Model, role: CriticSection | Ref | RewardModelSection) -> Model:
+    """The section `model` with what a role says of its own computing."""
+    own = {name: getattr(role, name, None) for name in ("compute_dtype", "remat")}
+    return dataclasses.replace(m, **{name: value for name, value in own.items() if value is not None})
 
 
 def model_config(m: Model, hf_config: Mapping[str, Any], **changes: Any) -> ModelConfig:

@@ -50,7 +50,7 @@ from .reward_model import RewardModel
 from .rewards import Score, Scorer, make_scorer
 from .rewards.custom import InThisProcess
 from .rewards.shared import shared
-from .roles import Roles, model_config, policy_loss
+from .roles import Roles, computed, model_config, policy_loss
 from .rollout.engine import Engine
 from .rollout.jax_engine import JaxEngine
 from .rollout.turns import Turns
@@ -228,8 +228,11 @@ class Trainer:
         if r.model.path is not None:
             tokens = self.config.critic.ppo_max_token_len_per_gpu
             started["model"] = (
-                RewardModel(r.model.path, self.mesh, self.config.model, max_tokens=tokens, head=r.model.head), r.model.weight
-            )  # fmt: skip
+                RewardModel(
+                    r.model.path, self.mesh, computed(self.config.model, r.model), max_tokens=tokens, head=r.model.head
+                ),
+                r.model.weight,
+            )
         return make_scorer(
             [(f.name, f.weight, dict(f.kwargs)) for f in r.functions], error_reward=r.error_reward,
             on_error=r.on_error, timeout_s=r.timeout_s, started=started, link=self.link,

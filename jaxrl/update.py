@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,13 @@ from .offload import to_device
 from .optimizer import Optimizer, OptState
 from .packing import Layout
 from .parallel import (
+    Program,
     fetch,
     num_row_shards,
     put_replicated,
     put_rows,
     replicated,
     rows_sharding,
-    use_mesh,
     within_replica,
 )
 
@@ -139,22 +139,6 @@ def _values(config: ModelConfig, variables: Tree, rows: PackedRows) -> Array:
     hidden = _hidden(config, variables, rows, "score")
     picked = jnp.take_along_axis(hidden, rows.target_columns[..., None], axis=1)
     return decoder.score(config, variables["params"], picked)[..., 0]
-
-
-class Program:
-    """A compiled function in which the axis words of the model mean `mesh`."""
-
-    def __init__(self, mesh: jax.sharding.Mesh, function: Callable, **kwargs: Any):
-        self.mesh, self.jitted = mesh, jax.jit(function, **kwargs)
-
-    def __call__(self, *args: Any) -> Any:
-        with use_mesh(self.mesh):
-            return self.jitted(*args)
-
-    def lower(self, *args: Any) -> jax.stages.Lowered:
-        """The program for arguments of these shapes and shardings (`jax.ShapeDtypeStruct`), not yet compiled."""
-        with use_mesh(self.mesh):
-            return self.jitted.lower(*args)
 
 
 class Programs:
@@ -382,19 +366,15 @@ def accumulate(loss: Callable, trained: Tree, frozen: Tree, rows, targets, num_s
     """
     grads = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), trained)
 
-    def one(i):
-        def of(trained):
-            return loss(trained, frozen, _micro(rows, i), _micro(targets, i), num_slots[i])
-
-        return jax.vjp(of, trained, has_aux=True)
+    def part_of(i, trained):
+        return loss(trained, frozen, _micro(rows, i), _micro(targets, i), num_slots[i])
 
     def body(i, before):
-        part, backward, now = one(i)
-        backward: Any
-        backward.with_refs(grads)(jnp.ones_like(part))
+        part, backward, now = jax.vjp(partial(part_of, i), trained, has_aux=True)
+        cast(Any, backward).with_refs(grads)(jnp.ones_like(part))
         added = jax.tree.map(jnp.add, before, now)
         return added._replace(gap_max=jax.tree.map(jnp.maximum, before.gap_max, now.gap_max))
 
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: one(jnp.int32(0))[2]))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part_of, jnp.int32(0), trained)[1])
     measured = jax.lax.fori_loop(0, num_micro, body, nothing)
     return jax.tree.map(jax.freeze, grads), measured

@@ -343,7 +343,7 @@ def test_new_weights_answer_from_the_next_call_on_and_the_old_ones_until_then():
     assert [rollout.weights_version for rollout in (*before, *after)] == [1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama31"])  # tied and not
+@pytest.mark.parametrize("name", ["qwen2", "llama31", "mixtral"])  # tied, not, and experts
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2), (1, 1, 8)], ids=str)
 def test_any_mesh_answers_as_one_device_does(name, shape):
     """Five prompts do not divide among the devices, nor two kv-heads among eight: padded, and replicated."""

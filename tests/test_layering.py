@@ -52,8 +52,9 @@ LIBRARIES = {
     "bitsandbytes": {},
 }
 
-# Where programs are compiled. All of training is in `update`; the others begin a run, or are the engine's.
-COMPILES = {"update", "prepare", "roles", "rollout"}
+# Where programs are compiled. All of training is in `update`; the others begin a run, or are the engine's. `parallel` has
+# the class of those in which axis words mean a mesh.
+COMPILES = {"update", "prepare", "roles", "rollout", "parallel"}
 
 # What a launcher, a sidecar or a dataset script imports; JAX would take seconds and the accelerator.
 WITHOUT_JAX = [

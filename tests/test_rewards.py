@@ -234,9 +234,9 @@ def test_combine_adds_scores_from_elsewhere_and_keeps_fractions():
         ([("format", 1.0, {"pattern": "("})], "cannot read the regular expression '\\('"),
         ([("length", 1.0, {"max_tokens": 10, "buffer_tokens": 20})], "0 < buffer_tokens <= max_tokens, got 20 and 10"),
         ([("length", 1.0, {"mode": "log"})], "modes soft_overlong, linear, unfinished, not 'log'"),
-        ([("length", 1.0, {"mode": "linear"})], "missing a required argument: 'per_token'"),
+        ([("length", 1.0, {"mode": "linear"})], "missing a required (keyword-only )?argument: 'per_token'"),
         ([("math_verify", 1.0, {"strict": True})], "unexpected keyword argument 'strict' .its arguments: none"),
-        ([("remote", 1.0, {})], "missing a required argument: 'url'"),
+        ([("remote", 1.0, {})], "missing a required (keyword-only )?argument: 'url'"),
     ],
 )
 def test_a_wrong_reward_config_is_refused_in_one_sentence(specs, sentence):

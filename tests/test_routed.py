@@ -1,16 +1,18 @@
 """Experts on the tokens that were sent to them are every expert on every token, weighed by the router."""
 
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl.models import routed as module
 from jaxrl.models.moe import expert
-from jaxrl.models.routed import Blocks, routed
+from jaxrl.models.routed import FEWEST_TOKENS, Blocks, block_size, routed
 from jaxrl.parallel import make_mesh, use_mesh, within_replica
 
 B, T, C, E, D, F = 4, 40, 2, 6, 16, 24
@@ -57,18 +59,36 @@ def check(got, expected, **tolerance):
         )
 
 
-@pytest.mark.parametrize("at_once", [1, 4])
-def test_the_chosen_experts_alone_give_outputs_and_gradients_of_all(at_once, monkeypatch):
-    monkeypatch.setitem(module.BLOCKS_AT_ONCE, "cpu", at_once)
+@pytest.mark.parametrize("size", [16, 64])
+def test_the_chosen_experts_alone_give_outputs_and_gradients_of_all(size, monkeypatch):
+    monkeypatch.setattr(module, "FEWEST_TOKENS", size)
     check(results(partial(routed, gpt_oss)), results(everyone))
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 1), (1, 1, 2), (2, 1, 4), (8, 1, 1)])
 def test_on_a_mesh_as_on_one_device(shape):
-    """Four ways do not divide six experts, nor eight the four rows: there every device has all of them."""
+    """Four ways do not divide six experts, nor eight the four rows: the tokens of a row are split, and rows are not."""
     with use_mesh(make_mesh(*shape)):
         got = results(partial(routed, gpt_oss))
     check(got, results(everyone))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)])
+def test_no_device_waits_for_another_while_its_blocks_run(shape):
+    """One sum over the experts' devices after the loop; within it there is no collective, and no weight travels."""
+    mesh = make_mesh(*shape)
+    with use_mesh(mesh):
+        rows = NamedSharding(mesh, P(("data", "fsdp")))
+        x, chosen, share = jax.device_put((X, CHOSEN, SHARE), rows)
+        weights = jax.device_put(WEIGHTS, NamedSharding(mesh, P("tensor" if E % shape[2] == 0 else None)))
+        grad = jax.jit(jax.grad(lambda w, x, s: jnp.sum(routed(gpt_oss, w, x, chosen, s) * G), argnums=(0, 1, 2)))
+        text = grad.lower(weights, x, share).compile().as_text()
+    loops = set(re.findall(r"body=%?([\w.\-]+)", text))
+    assert len(loops) >= 2
+    for body in re.split(r"\n(?=%?\S)", text):
+        if body.lstrip("%").split(" ")[0] in loops:
+            assert not re.search(r" (all-|reduce-scatter|collective)", body), body[:300]
+    assert "all-gather" not in text or E % shape[2]  # a whole row's tokens come together where they were split
 
 
 def test_within_a_program_that_is_cut_along_data_by_hand():
@@ -105,12 +125,26 @@ def test_in_bfloat16_the_gradient_of_the_weights_is_summed_in_float32():
 
 def test_blocks_hold_every_pair_once_and_only_those_of_their_expert():
     chosen = jnp.where(CHOSEN < 4, CHOSEN, -1 + 100 * (CHOSEN - 4))  # the last two are somebody else's: -1 and 99
-    blocks = Blocks.of(chosen, 4)
-    e, pairs, inside = blocks.numbered(jnp.arange(int(blocks.last[-1]) + 3))
-    assert not inside[-3:].any() and inside[:-3].any(axis=1).all()
-    of_pair = np.asarray(chosen).reshape(-1)
-    np.testing.assert_array_equal(np.sort(pairs[inside]), np.flatnonzero((of_pair >= 0) & (of_pair < 4)))
-    np.testing.assert_array_equal(of_pair[pairs[inside]], np.repeat(e, inside.sum(axis=1)))
+    blocks, of_pair, found = Blocks.of(chosen, 4, 16), np.asarray(chosen).reshape(-1), []
+    for block in range(int(blocks.block_ends[-1])):
+        e, pairs = blocks.numbered(jnp.int32(block))
+        there = np.asarray(pairs[pairs < of_pair.size])
+        assert len(there) and set(of_pair[there]) == {int(e)}
+        found += there.tolist()
+    assert sorted(found) == np.flatnonzero((of_pair >= 0) & (of_pair < 4)).tolist()
+
+
+def test_blocks_of_an_even_router_are_three_quarters_full_or_more():
+    for num_pairs in (4096, 8192, 12_000, 65_536):
+        size, mean = block_size(num_pairs, 128), num_pairs / 128
+        assert mean / (-(-mean // size) * size) >= (0.75 if mean >= 2 * FEWEST_TOKENS else 0.5)
+
+
+def test_a_token_that_one_expert_cannot_bear_is_no_business_of_the_others():
+    chosen = jnp.zeros_like(CHOSEN).at[..., 1].set(1).at[0, 0].set(jnp.array([2, 3]))
+    x = X.at[0, 0].set(1e30)  # with which products overflow
+    out = routed(partial(expert, 0.0), WEIGHTS, x, chosen, SHARE)
+    assert not np.isfinite(out[0, 0]).all() and np.isfinite(out.reshape(-1, D)[1:]).all()
 
 
 def test_memory_does_not_grow_with_the_tokens_an_expert_could_have_got():

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -217,6 +218,21 @@ def test_choices_work_together(settings, name):
         )
 
 
+def test_each_role_computes_and_keeps_its_weights_as_it_is_told(settings):
+    told = {"critic__compute_dtype": "bfloat16", "critic__remat": "full", "ref__compute_dtype": "bfloat16"}
+    tree = settings("dtypes", data__val_files=None, trainer__total_training_steps=1, actor__use_kl_loss=True, **told)
+    trainer = Trainer(from_dict(tree))
+    roles = trainer.roles
+    assert (roles.model.compute_dtype, roles.model.remat) == ("float32", "none")
+    assert (roles.critic.config.compute_dtype, roles.critic.config.remat) == ("bfloat16", "full")
+    trainer.fit()
+    assert {x.dtype.name for x in jax.tree.leaves(roles.ref)} == {"bfloat16"}
+    assert {x.dtype.name for x in jax.tree.leaves((roles.actor.trained, roles.critic_state.trained))} == {"float32"}
+    (row,) = metrics_of(trainer.config.run_dir)
+    assert 1e-7 < row["actor/kl_loss"] < 1e-2  # what bfloat16 makes of the same weights
+    assert row["critic/grad_norm"] > 0
+
+
 def test_a_mesh_of_eight_devices_takes_the_same_step(settings):
     one = run(settings("one", data__val_files=None, trainer__total_training_steps=1))[0]
     many = run(settings("many", data__val_files=None, trainer__total_training_steps=1,
@@ -261,6 +277,7 @@ def test_a_users_estimator_that_names_values_gets_a_critic(settings, tmp_path):
         ("data__train_files", "nowhere.parquet", "there is no file nowhere.parquet"),
         ("data__prompt_key", "question", "question"),
         ("model__path", "no/such/folder/here", "model path no/such/folder/here does not exist"),
+        ("ref__compute_dtype", "float16", "ref.compute_dtype is 'float16' and must be one of None, bfloat16, float32"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(settings, tmp_path, key, value, sentence):

@@ -13,7 +13,7 @@ from .settings import Config
 # What a run may change when it goes on, and all of rollout.vllm: none of it changes the course of the steps by more than
 # rounding (but a schedule that falls over the run follows its new length).
 MAY_CHANGE = {
-    "model.remat", "model.attention", "model.shard_tokens", "actor.offload", "critic.offload", "ref.offload",
+    "model.remat", "critic.remat", "model.attention", "model.shard_tokens", "actor.offload", "critic.offload", "ref.offload",
     "actor.ppo_max_token_len_per_gpu", "critic.ppo_max_token_len_per_gpu",
     "trainer.row_length", "trainer.share_prompt",
     "trainer.total_epochs", "trainer.total_training_steps", "trainer.save_freq", "trainer.max_ckpt_to_keep",

@@ -121,6 +121,7 @@ class RewardModelSection:
     path: str | None = None  # a Hugging Face sequence-classification model with one label
     weight: float = 1.0
     head: Head = field(default_factory=Head)
+    compute_dtype: str | None = None  # of its weights too; None: model.compute_dtype
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,8 @@ class CriticSection:
     ppo_epochs: int = 1
     ppo_max_token_len_per_gpu: int = 32768
     offload: tuple[str, ...] = ()  # as of the actor
+    compute_dtype: str | None = None  # None: model.compute_dtype
+    remat: str | None = None  # None: model.remat
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-5))
 
 
@@ -237,6 +240,7 @@ class CriticSection:
 class Ref:
     path: str | None = None  # None: model.path, where a KL term is on
     offload: tuple[str, ...] = ()  # params: read from host memory layer by layer
+    compute_dtype: str | None = None  # of its weights too; None: model.compute_dtype
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _split_equation(equation: str) -> tuple[str, str]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Array, kernel: Array, num_in: int) -> Array:
-    """x [B T in..] times kernel [in.. out..], in the dtype of x; the kernel's gradient is summed in float32.
+    """x [.. in..] times kernel [in.. out..], in the dtype of x; the kernel's gradient is summed in float32.
 
     The gradient is written by hand for the order of its operands: XLA transposes the left one. Autodiff has the output's
     gradient there, and the transposition is then fused into its elementwise work (an update of a 135M model on two CPU
@@ -117,8 +117,9 @@ def _product_forward(x, kernel, num_in):
 def _product_backward(num_in, saved, g):
     x, kernel = saved
     num_out = kernel.ndim - num_in
+    tokens = tuple(range(x.ndim - num_in))
     dx = jax.lax.dot_general(g, kernel.astype(x.dtype), ((_last(g, num_out), _last(kernel, num_out)), ((), ())))
-    return dx, jax.lax.dot_general(x, g, (((0, 1), (0, 1)), ((), ())), preferred_element_type=kernel.dtype)
+    return dx, jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())), preferred_element_type=kernel.dtype)
 
 
 def _last(x: Array, num: int) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ def expert(swiglu_limit: float, weights: Tree, x: Float[Array, "N D"]) -> Float[
     """What one expert says; its weights are without the axis E. `swiglu_limit` is gpt-oss's; 0: none."""
 
     def through(name: str, x: Array) -> Array:
-        y = cast(Array, product(x[None], weights[name]["kernel"], 1))[0]
+        y = cast(Array, product(x, weights[name]["kernel"], 1))
         return y + weights[name]["bias"].astype(y.dtype) if "bias" in weights[name] else y
 
     gate, up = through("gate", x), through("up", x)

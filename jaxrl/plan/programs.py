@@ -130,8 +130,8 @@ def _training(c: Config, roles: Roles) -> list[Work]:
         lower = partial(policy.lower_logprobs, merge(state["actor"].trained, frozen))
         forward.append(work("old_log_prob", "forward", roles.model, lower, sequences, tokens, ("actor", *base)))
     if roles.needs_ref:
-        plain = dataclasses.replace(roles.model, lora_rank=0)
-        lower = partial(policy.lower_logprobs, frozen if roles.ref_is_base else roles.ref_abstract)
+        plain = dataclasses.replace(roles.ref_policy.config, lora_rank=0)
+        lower = partial(roles.ref_policy.lower_logprobs, frozen if roles.ref_is_base else roles.ref_abstract)
         uses = base if roles.ref_is_base else ("ref",)
         forward.append(work("ref", "forward", plain, lower, sequences, tokens, uses))
     if roles.needs_critic:

@@ -23,7 +23,7 @@ from ..models.block import DecoderLayer
 from ..models.config import ModelConfig
 from ..models.rope import Cossin, rope_cossin
 from ..offload import to_device
-from ..parallel import num_row_shards, partition, replicated, rows_sharding, shardings
+from ..parallel import Program, num_row_shards, partition, replicated, rows_sharding, shardings
 from .sampling import Rule, sample
 
 Tree = Any
@@ -56,8 +56,8 @@ class Programs:
         batch = Batch(*[rows] * 7, taken=replicated(mesh))
         cache = [(self.heads, self.heads)] * config.num_layers
         self.unstack = jax.jit(partial(_unstack, config), out_shardings=_weight_shardings(config, mesh))
-        self.begin = jax.jit(self._begin, static_argnames=("room",), out_shardings=(batch, cache))
-        self.decode = jax.jit(self._decode, donate_argnames=("cache",), out_shardings=(batch, cache))
+        self.begin = Program(mesh, self._begin, static_argnames=("room",), out_shardings=(batch, cache))
+        self.decode = Program(mesh, self._decode, donate_argnames=("cache",), out_shardings=(batch, cache))
         self.keep = jax.jit(self._keep, out_shardings=(batch, cache))
         self.lengthen = jax.jit(_lengthen, static_argnames=("columns",), out_shardings=cache)
 
