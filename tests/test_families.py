@@ -17,7 +17,7 @@ from jaxrl.packing import Sequences, pack
 from jaxrl.parallel import make_mesh, num_row_shards, with_shardings
 from jaxrl.rollout.engine import Sampling
 from jaxrl.rollout.jax_engine import JaxEngine
-from jaxrl.update import Policy, PolicyLoss, TrainState
+from jaxrl.update import Compression, Policy, PolicyLoss, TrainState
 from jaxrl.weights.export import hf_tensors
 from jaxrl.weights.load import load_hf_config, load_params
 from jaxrl.weights.stored import Checkpoint, StoredTensor
@@ -115,12 +115,13 @@ def test_prompts_that_are_shared_in_a_row_change_no_logprob_of_windows_and_alibi
         assert (alone[b, :length] < -0.01).any()
 
 
-def gradients_on(shape, folder):
+def gradients_on(shape, folder, compression="none"):
     """Loss and gradient of a step on a mesh (the first moment of Adam is a tenth of the gradient), on the host."""
     mesh = make_mesh(*shape)
     config, variables = load(folder, mesh)
     optimizer = make_optimizer(clip_grad=None, weight_decay=0.0)
     policy = Policy(mesh, config, optimizer, PolicyLoss(entropy_coeff=0.01))
+    policy.compression = Compression(compression)
     ways = num_row_shards(mesh)
     layout = pack(batch(), range(8), row_length=32, rows_per_micro_batch=4, max_micro_batches=1, ways=ways)
     random, mask = np.random.default_rng(5), batch().mask.astype(np.float32)
@@ -136,10 +137,13 @@ def gradients_on(shape, folder):
     return jax.device_get((metrics["losses"], state.opt_state.mu)), splits
 
 
-@pytest.mark.parametrize("folder", ["hf_torch/mixtral", "hf_torch/phi3"])
-def test_a_step_of_experts_and_of_fused_tensors_on_a_mesh_is_that_of_one_device(folder):
+@pytest.mark.parametrize(
+    "folder, compression", [("hf_torch/mixtral", "none"), ("hf_torch/mixtral", "fp32"), ("hf_torch/phi3", "none")]
+)
+def test_a_step_of_experts_and_of_fused_tensors_on_a_mesh_is_that_of_one_device(folder, compression):
+    """With gradients that travel once, each replica's by itself (`grad_compression: fp32`), too."""
     (losses, expected), _ = gradients_on((1, 1, 1), folder)
-    (on_mesh, got), splits = gradients_on((2, 2, 2), folder)
+    (on_mesh, got), splits = gradients_on((2, 2, 2), folder, compression)
     for name, loss in losses.items():
         np.testing.assert_allclose(on_mesh[name], loss, rtol=1e-5, err_msg=name)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):

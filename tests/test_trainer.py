@@ -220,8 +220,8 @@ def test_choices_work_together(settings, name):
 
 def test_each_role_computes_and_keeps_its_weights_as_it_is_told(settings):
     told = {"critic__compute_dtype": "bfloat16", "critic__remat": "full", "ref__compute_dtype": "bfloat16"}
-    tree = settings("dtypes", data__val_files=None, trainer__total_training_steps=1, actor__use_kl_loss=True, **told)
-    trainer = Trainer(from_dict(tree))
+    one_update = {"trainer__total_training_steps": 1, "actor__ppo_mini_batch_size": 8, "actor__use_kl_loss": True}
+    trainer = Trainer(from_dict(settings("dtypes", data__val_files=None, **one_update, **told)))
     roles = trainer.roles
     assert (roles.model.compute_dtype, roles.model.remat) == ("float32", "none")
     assert (roles.critic.config.compute_dtype, roles.critic.config.remat) == ("bfloat16", "full")
