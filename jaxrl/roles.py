@@ -19,7 +19,7 @@ from .algorithms.choose import choose
 from .algorithms.kl import KL_ESTIMATORS
 from .algorithms.losses import POLICY_LOSSES
 from .compression import abstract_residual
-from .config import Config, CriticSection, Model, Optim, Ref, RewardModelSection
+from .config import Config, Model, Optim
 from .models import decoder
 from .models.config import ModelConfig
 from .offload import waiting
@@ -97,7 +97,7 @@ class Roles:
                     f"model.compute_dtype {c.model.compute_dtype}: leave it out, or name a ref.path"
                 )
             return
-        model = computed(c.model, c.ref)
+        model = computed(c.model, c.ref.compute_dtype)
         plain = model_config(model, self.source.hf_config)
         self.ref_source = self.source if c.ref.path is None else find(c.ref.path)
         if model_config(model, self.ref_source.hf_config) != plain:
@@ -119,7 +119,7 @@ class Roles:
         self.critic_source = self.source if c.critic.path is None else find(c.critic.path)
         layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
         config = model_config(
-            computed(c.model, c.critic), self.critic_source.hf_config, score_bias=True, module=c.critic.head.module,
+            computed(c.model, c.critic.compute_dtype, c.critic.remat), self.critic_source.hf_config, score_bias=True, module=c.critic.head.module,
             max_length=c.max_length, **layers,
         )  # fmt: skip
         self.critic_optimizer = optimizer_of(c.critic.optim)
@@ -200,10 +200,9 @@ class Roles:
             self.critic_state = state["critic"]
 
 
-def computed(m: Model, role: CriticSection | Ref | RewardModelSection) -> Model:
-    """The section `model` with what a role says of its own computing."""
-    own = {name: getattr(role, name, None) for name in ("compute_dtype", "remat")}
-    return dataclasses.replace(m, **{name: value for name, value in own.items() if value is not None})
+def computed(m: Model, compute_dtype: str | None, remat: str | None = None) -> Model:
+    """The section `model` with what a role says of its own computing; None: as `model` says."""
+    return dataclasses.replace(m, compute_dtype=compute_dtype or m.compute_dtype, remat=remat or m.remat)
 
 
 def model_config(m: Model, hf_config: Mapping[str, Any], **changes: Any) -> ModelConfig:

@@ -229,7 +229,11 @@ class Trainer:
             tokens = self.config.critic.ppo_max_token_len_per_gpu
             started["model"] = (
                 RewardModel(
-                    r.model.path, self.mesh, computed(self.config.model, r.model), max_tokens=tokens, head=r.model.head
+                    r.model.path,
+                    self.mesh,
+                    computed(self.config.model, r.model.compute_dtype),
+                    max_tokens=tokens,
+                    head=r.model.head,
                 ),
                 r.model.weight,
             )
