@@ -119,8 +119,8 @@ class Roles:
         self.critic_source = self.source if c.critic.path is None else find(c.critic.path)
         layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
         config = model_config(
-            computed(c.model, c.critic.compute_dtype, c.critic.remat), self.critic_source.hf_config, score_bias=True, module=c.critic.head.module,
-            max_length=c.max_length, **layers,
+            computed(c.model, c.critic.compute_dtype, c.critic.remat), self.critic_source.hf_config,
+            score_bias=True, module=c.critic.head.module, max_length=c.max_length, **layers,
         )  # fmt: skip
         self.critic_optimizer = optimizer_of(c.critic.optim)
         self.critic = Critic(self.mesh, config, self.critic_optimizer, c.critic.cliprange_value)
