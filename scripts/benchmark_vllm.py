@@ -23,7 +23,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from benchmark import Setup, Side, TorchGenerate  # the script beside this one
+from benchmarks.generation import TorchGenerate
+from benchmarks.sides import Setup, Side
 
 from jaxrl.batch import Prompt
 from jaxrl.config import Model, VllmSection
@@ -89,7 +90,7 @@ def main() -> None:
         if importlib.util.find_spec("torch") is None:
             print("torch is not installed: transformers is left out")
         else:
-            # A process of its own, as the others have: benchmark.py's.
+            # A process of its own, as the others have.
             setup = Setup(resolve(a.model), config.num_layers, a.dtype, row_length=0, micro_batch_tokens=0)
             device = "cuda" if jax.default_backend() == "gpu" else "cpu"
             torch_side, lengths = (

@@ -41,7 +41,7 @@ LIBRARIES = {
         "weights.torch_bin": "function",
         "weights.verify": "function",
         "weights.live": "function",
-        "scripts.benchmark": "function",
+        "scripts.benchmarks": "function",
         "rollout.vllm_adapter": "function",
     },
     "wandb": {"loggers": "function"},
@@ -110,8 +110,8 @@ def imports_of(name: str, path: Path) -> list[Import]:
 
 
 def within(name: str, part: str) -> bool:
-    """Whether a module is the one, or lies in the folder, that a line of the tables names. Scripts are named in full."""
-    return name in (part, f"jaxrl.{part}") or name.startswith(f"jaxrl.{part}.")
+    """Whether a module is the one, or lies in the folder, that a line of the tables names (that of a script in full)."""
+    return name in (part, f"jaxrl.{part}") or name.startswith((f"jaxrl.{part}.", f"{part}."))
 
 
 def floor_of(name: str) -> int:

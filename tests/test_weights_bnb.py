@@ -113,11 +113,16 @@ def test_packed_model_is_not_loaded_as_numbers_unless_it_is_asked_for():
 
 
 def test_other_quantisations_are_refused_by_name():
-    assert dequantized_config({"a": 1}) == {"a": 1}
+    for known in (
+        {},
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        {"quantization_config": {"quant_method": "fp8"}},
+    ):
+        assert dequantized_config({"a": 1, **known}) == {"a": 1}
     for settings, message in (
         ({"quant_method": "gptq", "bits": 4}, "asks for 'gptq'"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, "'bitsandbytes' in 8 bits"),
-        ({"quant_method": "mxfp4"}, "'mxfp4'"),
+        ({"quant_method": "awq"}, "'awq'"),
     ):
         with pytest.raises(ValueError, match=message):
             dequantized_config({"quantization_config": settings})

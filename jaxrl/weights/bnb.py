@@ -107,16 +107,17 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def dequantized_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` of the same model with numbers in place of codes. Refuses quantisation of any other kind."""
+    """`config.json` of the same model with numbers in place of codes. Refuses quantisation that is not read here."""
     config = dict(hf_config)
     settings = config.pop("quantization_config", None)
     if settings:
         method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None)
-        if method != "bitsandbytes" or not settings.get("load_in_4bit"):
+        in_four_bits = method == "bitsandbytes" and settings.get("load_in_4bit")
+        if not in_four_bits and method not in ("mxfp4", "fp8"):  # the last two: block_scaled.py
             bits = " in 8 bits" if settings.get("load_in_8bit") else ""
             raise ValueError(
-                f"quantization_config asks for {method!r}{bits}, and only bitsandbytes in 4 bits is read here: "
-                "take the model's original weights"
+                f"quantization_config asks for {method!r}{bits}, and what is read here is bitsandbytes in 4 bits, mxfp4 "
+                "and fp8: take the model's original weights"
             )
     return config
 
