@@ -51,7 +51,7 @@ def _scales(tensors: Mapping[str, StoredTensor], folder: Path, name: str, scales
 
 
 def _mxfp4(blocks: StoredTensor, scales: StoredTensor, where: str) -> StoredTensor:
-    """Blocks uint8 [..., out, groups, 16], low half of a byte first, and exponents uint8 [..., out, groups] -> [..., in, out]."""
+    """Blocks uint8 [..., out, groups, 16], low half of a byte first, and exponents [..., out, groups] -> [..., in, out]."""
     if blocks.shape[:-1] != scales.shape or blocks.shape[-1:] != (_GROUP // 2,) or scales.dtype != np.uint8:
         raise ValueError(
             f"{where} of shape {blocks.shape} has scales of shape {scales.shape} and dtype {scales.dtype}, where "
