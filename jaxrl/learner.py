@@ -33,7 +33,7 @@ class Learner:
     """Trains the roles of a run on one step's rollouts after another. `kl_coef` is what the KL controller has come to."""
 
     def __init__(self, config: Config, roles: Roles):
-        self.config, self.roles, self.mesh = config, roles, roles.mesh
+        self.config, self.roles = config, roles
         self.prepare = make_prepare(preparation_of(config))
         self.kl_coef = config.algorithm.kl_ctrl.kl_coef
 
@@ -52,21 +52,22 @@ class Learner:
         """
         c, roles, correction = self.config, self.roles, self.config.algorithm.rollout_correction
         sequences = Sequences.of(prompts, rollouts, c.data.max_response_length)
-        everything = self._pack(sequences, range(len(rollouts)), c.actor.ppo_max_token_len_per_gpu)
+        everything = range(len(rollouts))
         rollout_logprobs = _padded([r.logprobs for r in rollouts], sequences.mask.shape)
         old_logprobs, log_kept, ref_logprobs, values = rollout_logprobs, None, None, None
         if not correction.bypass_mode:
             with timer("old_log_prob"):
-                old = roles.policy.logprobs(roles.actor_variables(), everything)
+                layout = self._pack(sequences, everything, roles.mesh, c.actor.ppo_max_token_len_per_gpu)
+                old = roles.policy.logprobs(roles.actor_variables(), layout)
                 old_logprobs, log_kept = old.sampled, old.log_kept
         if c.needs_ref:
             with timer("ref"):
-                ref_logprobs = roles.ref_policy.logprobs(
-                    roles.ref, everything, (c.rollout.temperature, -1, 1.0)
-                ).logprobs
+                layout = self._pack(sequences, everything, roles.ref_mesh, c.actor.ppo_max_token_len_per_gpu)
+                sampling = (c.rollout.temperature, -1, 1.0)
+                ref_logprobs = roles.ref_policy.logprobs(roles.ref, layout, sampling).logprobs
         if roles.needs_critic:
             with timer("values"):
-                layout = self._pack(sequences, range(len(rollouts)), c.critic.ppo_max_token_len_per_gpu)
+                layout = self._pack(sequences, everything, roles.critic_mesh, c.critic.ppo_max_token_len_per_gpu)
                 values = roles.critic.values(roles.critic_state.trained, layout)
         with timer("adv"):
             reward = np.array([s.reward for s in scores], np.float32)
@@ -94,7 +95,7 @@ class Learner:
         c, roles, outs, counts = self.config.critic, self.roles, [], []
         lr = roles.critic_lr(step - 1)
         for chosen in self._mini_batches(sequences, c.ppo_epochs):
-            layout = self._pack(sequences, chosen, c.ppo_max_token_len_per_gpu)
+            layout = self._pack(sequences, chosen, roles.critic_mesh, c.ppo_max_token_len_per_gpu)
             weights = self._loss_weights(sequences.mask, chosen, c.loss_agg_mode)
             targets = ValueTargets(*map(layout.to_slots, (values, prepared.returns, weights)))
             roles.critic_state, out = roles.critic.step(roles.critic_state, {}, layout, targets, lr)
@@ -111,7 +112,7 @@ class Learner:
         if ref_logprobs is None:
             ref_logprobs = np.zeros_like(old_logprobs)
         for chosen in self._mini_batches(sequences, c.ppo_epochs):
-            layout = self._pack(sequences, chosen, c.ppo_max_token_len_per_gpu)
+            layout = self._pack(sequences, chosen, roles.mesh, c.ppo_max_token_len_per_gpu)
             columns = PolicyTargets(
                 old_logprobs, prepared.advantages, ref_logprobs, prepared.rollout_weights,
                 self._loss_weights(sequences.mask, chosen, mode),
@@ -131,13 +132,13 @@ class Learner:
 
     # Mini-batches and their layout.
 
-    def _pack(self, sequences: Sequences, chosen: Sequence[int] | np.ndarray, max_tokens: int) -> Layout:
-        """The chosen sequences in rows. Shapes depend on the config alone, so that nothing is compiled twice."""
+    def _pack(self, sequences: Sequences, chosen: Sequence[int] | np.ndarray, mesh: Mesh, max_tokens: int) -> Layout:
+        """The chosen sequences in rows for a mesh. Shapes depend on the config alone, so that nothing is compiled twice."""
         c = self.config
-        M, R, T = micro_batches_of(c, self.mesh, len(chosen), max_tokens)
+        M, R, T = micro_batches_of(c, mesh, len(chosen), max_tokens)
         return pack(
             sequences, chosen, row_length=T, rows_per_micro_batch=R, max_micro_batches=M,
-            ways=num_row_shards(self.mesh), share_prompt=c.trainer.share_prompt,
+            ways=num_row_shards(mesh), share_prompt=c.trainer.share_prompt,
         )  # fmt: skip
 
     def _mini_batches(self, sequences: Sequences, epochs: int) -> list[np.ndarray]:

@@ -62,6 +62,20 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def mesh_of_role(mesh: Mesh, data: int, fsdp: int, tensor: int, key: str) -> Mesh:
+    """The devices of a mesh, all of them, in a shape that a role has to itself. `key` names the setting in an error."""
+    try:
+        own = make_mesh(data, fsdp, tensor, devices=list(mesh.devices.flat))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    if own.size != mesh.size:
+        raise ValueError(
+            f"{key} {data}x{fsdp}x{tensor} takes {own.size} of the {mesh.size} devices, and the roles take turns on all of "
+            "them: set one axis to -1"
+        )
+    return own
+
+
 def generation_mesh(mesh: Mesh, tensor: int | None) -> Mesh:
     """The devices of a mesh in the layout of generation: `tensor` ways, and as many replicas; None: as they are.
 

@@ -19,12 +19,12 @@ from .algorithms.choose import choose
 from .algorithms.kl import KL_ESTIMATORS
 from .algorithms.losses import POLICY_LOSSES
 from .compression import abstract_residual
-from .config import Config, Model, Optim
+from .config import Config, MeshSection, Model, Optim
 from .models import decoder
 from .models.config import ModelConfig
 from .offload import waiting
 from .optimizer import Optimizer, abstract_state, lr_schedule, make_optimizer
-from .parallel import use_mesh, with_shardings
+from .parallel import mesh_of_role, use_mesh, with_shardings
 from .update import Compression, Critic, Policy, PolicyLoss, TrainState, merge
 from .weights.bnb import dequantized, packed_tensors
 from .weights.export import export_hf
@@ -63,6 +63,7 @@ class Roles:
         find: Callable[[str], Pretrained] = open_pretrained,
     ):
         self.mesh, self.needs_critic, self.needs_ref, self.source = mesh, needs_critic, c.needs_ref, source
+        self.critic_mesh, self.ref_mesh = own_mesh(mesh, c.critic.mesh, "critic"), own_mesh(mesh, c.ref.mesh, "ref")
         self.seed, self.critic_head_path = c.trainer.seed, c.critic.head.path
         self.exports_critic = needs_critic and c.critic.export
         self._describe_actor(c, steps)
@@ -96,6 +97,11 @@ class Roles:
                     f"ref.compute_dtype {c.ref.compute_dtype}: the reference of adapters is the actor's base, whose dtype is "
                     f"model.compute_dtype {c.model.compute_dtype}: leave it out, or name a ref.path"
                 )
+            if self.ref_mesh != self.mesh:
+                raise ValueError(
+                    "ref.mesh: the reference of adapters is the actor's base, which lies as `mesh` says: leave it out, or "
+                    "name a ref.path"
+                )
             return
         model = computed(c.model, c.ref.compute_dtype)
         plain = model_config(model, self.source.hf_config)
@@ -109,9 +115,9 @@ class Roles:
                 "it out, and the reference is the model without its adapters"
             )
         self.ref_model = dataclasses.replace(plain, packed=packed, max_length=c.max_length)
-        if model != c.model:
-            self.ref_policy = Policy(self.mesh, self.ref_model, None, self.policy.loss)
-        self.ref_abstract = abstract_variables(self.mesh, self.ref_model, "lm", model.compute_dtype)
+        if model != c.model or self.ref_mesh != self.mesh:
+            self.ref_policy = Policy(self.ref_mesh, self.ref_model, None, self.policy.loss)
+        self.ref_abstract = abstract_variables(self.ref_mesh, self.ref_model, "lm", model.compute_dtype)
         if "params" in c.ref.offload:
             self.ref_abstract = {**self.ref_abstract, "params": waiting(self.ref_abstract["params"])}
 
@@ -123,9 +129,9 @@ class Roles:
             score_bias=True, module=c.critic.head.module, max_length=c.max_length, **layers,
         )  # fmt: skip
         self.critic_optimizer = optimizer_of(c.critic.optim)
-        self.critic = Critic(self.mesh, config, self.critic_optimizer, c.critic.cliprange_value)
+        self.critic = Critic(self.critic_mesh, config, self.critic_optimizer, c.critic.cliprange_value)
         self.critic_lr = schedule_of(c.critic.optim, steps)
-        self.critic_weights = abstract_variables(self.mesh, config, "score")
+        self.critic_weights = abstract_variables(self.critic_mesh, config, "score")
         if "params" in c.critic.offload:
             self.critic_weights = {"params": waiting(self.critic_weights["params"])}
         self.critic_abstract = abstract_train_state(
@@ -155,7 +161,7 @@ class Roles:
                 new_head=True, head_path=self.critic_head_path,
             )  # fmt: skip
             trained = {"params": params}
-            self.critic_state = new_train_state(self.mesh, self.critic_optimizer, trained, self.critic_abstract)
+            self.critic_state = new_train_state(self.critic_mesh, self.critic_optimizer, trained, self.critic_abstract)
 
     @property
     def abstract_frozen(self) -> Tree:
@@ -198,6 +204,13 @@ class Roles:
         self.actor = state["actor"]
         if self.needs_critic:
             self.critic_state = state["critic"]
+
+
+def own_mesh(mesh: jax.sharding.Mesh, section: MeshSection | None, role: str) -> jax.sharding.Mesh:
+    """The mesh of a role: `mesh`, or its devices in the shape that the role's section says."""
+    if section is None:
+        return mesh
+    return mesh_of_role(mesh, section.data, section.fsdp, section.tensor, f"{role}.mesh")
 
 
 def computed(m: Model, compute_dtype: str | None, remat: str | None = None) -> Model:

@@ -50,7 +50,7 @@ from .reward_model import RewardModel
 from .rewards import Score, Scorer, make_scorer
 from .rewards.custom import InThisProcess
 from .rewards.shared import shared
-from .roles import Roles, computed, model_config, policy_loss
+from .roles import Roles, computed, model_config, own_mesh, policy_loss
 from .rollout.engine import Engine
 from .rollout.jax_engine import JaxEngine
 from .rollout.turns import Turns
@@ -230,7 +230,7 @@ class Trainer:
             started["model"] = (
                 RewardModel(
                     r.model.path,
-                    self.mesh,
+                    own_mesh(self.mesh, r.model.mesh, "reward.model"),
                     computed(self.config.model, r.model.compute_dtype),
                     max_tokens=tokens,
                     head=r.model.head,

@@ -241,6 +241,30 @@ def test_a_mesh_of_eight_devices_takes_the_same_step(settings):
         assert many[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), name
 
 
+def test_each_role_has_a_mesh_of_its_own_and_a_run_goes_on_with_other_ones(settings):
+    same = {"data__val_files": None, "actor__use_kl_loss": True, "trainer__save_freq": 1}
+    one = run(settings("one", **same))
+    meshes = {
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "critic__mesh": {"data": 8, "fsdp": 1},
+        "ref__mesh": {"fsdp": 4, "tensor": 2},
+    }  # fmt: skip
+    trainer = Trainer(from_dict(settings("many", **same, **meshes, trainer__total_training_steps=1)))
+    shapes = [
+        dict(mesh.shape) for mesh in (trainer.roles.mesh, trainer.roles.critic.mesh, trainer.roles.ref_policy.mesh)
+    ]
+    assert shapes == [dict(zip(("data", "fsdp", "tensor"), s, strict=True)) for s in ((2, 2, 2), (8, 1, 1), (1, 4, 2))]
+    trainer.fit()
+    held = [jax.tree.leaves(x)[0].sharding.mesh for x in (trainer.roles.critic_state, trainer.roles.ref)]
+    assert held == [trainer.roles.critic_mesh, trainer.roles.ref_mesh]
+    shutil.rmtree(trainer.config.run_dir / "hf")
+    many = run(
+        settings("many", **same, mesh={"data": 1, "fsdp": 4, "tensor": 1}, critic__mesh={"tensor": 2, "fsdp": 2})
+    )
+    for ours, expected in zip(many, one, strict=True):
+        for name in ("critic/score/mean", "actor/grad_norm", "actor/pg_loss", "actor/kl_loss", "critic/vf_loss"):
+            assert ours[name] == pytest.approx(expected[name], rel=2e-4, abs=1e-6), name
+
+
 def test_a_folder_of_splits_is_read_by_split(settings, tmp_path):
     tree = settings("splits")
     folder = tmp_path / "folder"
@@ -277,6 +301,11 @@ def test_a_users_estimator_that_names_values_gets_a_critic(settings, tmp_path):
         ("data__train_files", "nowhere.parquet", "there is no file nowhere.parquet"),
         ("data__prompt_key", "question", "question"),
         ("model__path", "no/such/folder/here", "model path no/such/folder/here does not exist"),
+        (
+            "critic__mesh",
+            {"fsdp": 3},
+            "critic.mesh 1x3x1 takes 3 of the 1 devices|critic.mesh: mesh 1x3x1 needs 3 devices",
+        ),
         ("ref__compute_dtype", "float16", "ref.compute_dtype is 'float16' and must be one of None, bfloat16, float32"),
     ],
 )

@@ -98,11 +98,18 @@ def _check_placement(c: Config) -> None:
     for name, optim in (("actor", c.actor.optim), ("critic", c.critic.optim)):
         if not 0 < optim.grad_topk <= 1:
             raise ValueError(f"{name}.optim.grad_topk {optim.grad_topk} is a share: above 0, at most 1")
-    if c.model.shard_tokens != "none" and c.row_length % max(1, c.mesh.tensor):
-        raise ValueError(
-            f"model.shard_tokens splits rows of {c.row_length} tokens over mesh.tensor {c.mesh.tensor}, which does not "
-            "divide it: set trainer.row_length to a multiple"
-        )
+    meshes = {
+        "mesh": c.mesh,
+        "critic.mesh": c.critic.mesh,
+        "ref.mesh": c.ref.mesh,
+        "reward.model.mesh": c.reward.model.mesh,
+    }
+    for key, mesh in meshes.items():
+        if mesh is not None and c.model.shard_tokens != "none" and c.row_length % max(1, mesh.tensor):
+            raise ValueError(
+                f"model.shard_tokens splits rows of {c.row_length} tokens over {key}.tensor {mesh.tensor}, which does not "
+                "divide it: set trainer.row_length to a multiple"
+            )
     if c.model.shard_tokens == "attention" and c.model.attention != "xla":
         raise ValueError("model.shard_tokens attention needs model.attention xla: a fused kernel wants whole rows")
 

@@ -10,29 +10,52 @@ from omegaconf import OmegaConf
 from .load import to_dict
 from .settings import Config
 
-# What a run may change when it goes on, and all of rollout.vllm: none of it changes the course of the steps by more than
-# rounding (but a schedule that falls over the run follows its new length).
+# What a run may change when it goes on, beside its meshes and all of rollout.vllm: none of it changes the course of the
+# steps by more than rounding (but a schedule that falls over the run follows its new length).
 MAY_CHANGE = {
-    "model.remat", "critic.remat", "model.attention", "model.shard_tokens", "actor.offload", "critic.offload", "ref.offload",
-    "actor.ppo_max_token_len_per_gpu", "critic.ppo_max_token_len_per_gpu",
-    "trainer.row_length", "trainer.share_prompt",
-    "trainer.total_epochs", "trainer.total_training_steps", "trainer.save_freq", "trainer.max_ckpt_to_keep",
-    "trainer.resume_mode", "trainer.resume_from_path", "trainer.test_freq", "trainer.val_before_train",
-    "trainer.logger", "trainer.run_dir", "trainer.start_timeout_s", "trainer.heartbeat_timeout_s",
-    "rollout.max_num_seqs", "rollout.max_probs_diff", "rollout.tensor_model_parallel_size",
-    "mesh.data", "mesh.fsdp", "mesh.tensor",
-}  # fmt: skip
+    "model.remat",
+    "critic.remat",
+    "model.attention",
+    "model.shard_tokens",
+    "actor.offload",
+    "critic.offload",
+    "ref.offload",
+    "actor.ppo_max_token_len_per_gpu",
+    "critic.ppo_max_token_len_per_gpu",
+    "trainer.row_length",
+    "trainer.share_prompt",
+    "trainer.total_epochs",
+    "trainer.total_training_steps",
+    "trainer.save_freq",
+    "trainer.max_ckpt_to_keep",
+    "trainer.resume_mode",
+    "trainer.resume_from_path",
+    "trainer.test_freq",
+    "trainer.val_before_train",
+    "trainer.logger",
+    "trainer.run_dir",
+    "trainer.start_timeout_s",
+    "trainer.heartbeat_timeout_s",
+    "rollout.max_num_seqs",
+    "rollout.max_probs_diff",
+    "rollout.tensor_model_parallel_size",
+}
+MAY_CHANGE_WHOLLY = ("rollout.vllm", "mesh", "critic.mesh", "ref.mesh", "reward.model.mesh")  # fmt: skip
 
 
 def differences(c: Config, saved: Path) -> list[str]:
-    """The settings in which `c` is not the run that `saved` (its config.yaml) describes, but for `MAY_CHANGE`."""
+    """The settings in which `c` is not the run that `saved` (its config.yaml) describes, but for what `MAY_CHANGE`."""
     theirs = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
     ours = flat(c)
     return [
         f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
         for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and key not in MAY_CHANGE and not key.startswith("rollout.vllm.")
+        if theirs.get(key) != ours.get(key) and key not in MAY_CHANGE and not _within(key, MAY_CHANGE_WHOLLY)
     ]
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return key.startswith(tuple(f"{section}." for section in sections)) or key in sections
 
 
 def flat(c: Config) -> dict[str, Any]:

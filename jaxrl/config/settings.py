@@ -117,11 +117,19 @@ class Head:
 
 
 @dataclass(frozen=True)
+class MeshSection:
+    data: int = 1  # replicas
+    fsdp: int = -1  # parameters and batch are split; -1: by what is left of the devices
+    tensor: int = 1  # heads, mlp and vocabulary are split
+
+
+@dataclass(frozen=True)
 class RewardModelSection:
     path: str | None = None  # a Hugging Face sequence-classification model with one label
     weight: float = 1.0
     head: Head = field(default_factory=Head)
     compute_dtype: str | None = None  # of its weights too; None: model.compute_dtype
+    mesh: MeshSection | None = None  # as of the critic
 
 
 @dataclass(frozen=True)
@@ -233,6 +241,7 @@ class CriticSection:
     offload: tuple[str, ...] = ()  # as of the actor
     compute_dtype: str | None = None  # None: model.compute_dtype
     remat: str | None = None  # None: model.remat
+    mesh: MeshSection | None = None  # the same devices in another shape; None: as `mesh` says
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-5))
 
 
@@ -241,13 +250,7 @@ class Ref:
     path: str | None = None  # None: model.path, where a KL term is on
     offload: tuple[str, ...] = ()  # params: read from host memory layer by layer
     compute_dtype: str | None = None  # of its weights too; None: model.compute_dtype
-
-
-@dataclass(frozen=True)
-class MeshSection:
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    mesh: MeshSection | None = None  # as of the critic
 
 
 @dataclass(frozen=True)

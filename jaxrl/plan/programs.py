@@ -49,7 +49,7 @@ class Work:
     loops: tuple[
         int, ...
     ] = ()  # trip counts that no program knows, the outermost first: micro-batches, chunks of logits
-    mesh: Mesh | None = None  # where it is not that of training: the layout of generation
+    mesh: Mesh | None = None  # where it is not that of the actor: of another role, or the layout of generation
     uses: tuple[str, ...] = ()  # what of `Run.resident` is among its arguments
     frees: tuple[str, ...] = ()  # and what is let go before it runs
 
@@ -115,37 +115,41 @@ def _training(c: Config, roles: Roles) -> list[Work]:
     mini_batch = c.actor.ppo_mini_batch_size * c.rollout.n
     platform = roles.mesh.devices.flat[0].platform
 
-    def work(name: str, kind: str, model: ModelConfig, lower, num: int, max_tokens: int, uses, epochs: int = 0) -> Work:
-        M, R, T = shape = micro_batches_of(c, roles.mesh, num, max_tokens)
-        ways = num_row_shards(roles.mesh)
+    def work(name: str, kind: str, model: ModelConfig, mesh: Mesh, lower, num, max_tokens: int, uses, epochs=0) -> Work:
+        M, R, T = shape = micro_batches_of(c, mesh, num, max_tokens)
+        ways = num_row_shards(mesh)
         targets = T // (d.max_prompt_length + d.max_response_length) * d.max_response_length
         chunks = -(-targets * (R // ways) // chunk_slots(ways, R // ways * T, platform))
         calls = max(1, epochs * sequences // mini_batch)
-        return Work(name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), uses=uses)
+        return Work(name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), mesh, uses)
 
     policy, state, frozen = roles.policy, roles.abstract_state(), roles.abstract_frozen
     base, tokens = ("base",) if roles.has_adapters else (), c.actor.ppo_max_token_len_per_gpu
     forward, update, values = [], [], []
     if not c.algorithm.rollout_correction.bypass_mode:
         lower = partial(policy.lower_logprobs, merge(state["actor"].trained, frozen))
-        forward.append(work("old_log_prob", "forward", roles.model, lower, sequences, tokens, ("actor", *base)))
+        forward.append(
+            work("old_log_prob", "forward", roles.model, roles.mesh, lower, sequences, tokens, ("actor", *base))
+        )
     if roles.needs_ref:
         plain = dataclasses.replace(roles.ref_policy.config, lora_rank=0)
         lower = partial(roles.ref_policy.lower_logprobs, frozen if roles.ref_is_base else roles.ref_abstract)
         uses = base if roles.ref_is_base else ("ref",)
-        forward.append(work("ref", "forward", plain, lower, sequences, tokens, uses))
+        forward.append(work("ref", "forward", plain, roles.ref_mesh, lower, sequences, tokens, uses))
     if roles.needs_critic:
-        critic, most = roles.critic, c.critic.ppo_max_token_len_per_gpu
+        critic, mesh, most = roles.critic, roles.critic_mesh, c.critic.ppo_max_token_len_per_gpu
         lower = partial(critic.lower_values, state["critic"].trained)
-        values.append(work("values", "forward", critic.config, lower, sequences, most, ("critic",)))
+        values.append(work("values", "forward", critic.config, mesh, lower, sequences, most, ("critic",)))
         lower = partial(critic.lower_step, state["critic"], {})
         uses = ("critic", "critic optimizer")
         update.append(
-            work("update_critic", "update", critic.config, lower, mini_batch, most, uses, c.critic.ppo_epochs)
+            work("update_critic", "update", critic.config, mesh, lower, mini_batch, most, uses, c.critic.ppo_epochs)
         )
     lower = partial(policy.lower_step, state["actor"], frozen)
     uses = ("actor", "actor optimizer", *base)
-    update.append(work("update_actor", "update", roles.model, lower, mini_batch, tokens, uses, c.actor.ppo_epochs))
+    update.append(
+        work("update_actor", "update", roles.model, roles.mesh, lower, mini_batch, tokens, uses, c.actor.ppo_epochs)
+    )
     return [*forward, *values, *update]
 
 
