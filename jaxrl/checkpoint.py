@@ -8,6 +8,7 @@ last complete one and nothing else.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 Tree = Any
+log = logging.getLogger(__name__)
 LATEST_FILE = "latest_checkpointed_iteration.txt"  # verl's name; for people and scripts, we look at the folders
 COMPLETE_FILE = "commit_success.txt"  # orbax writes it last
 
@@ -54,6 +56,18 @@ class Checkpoints:
         with _context():
             response = ocp.save_async(self._path(step), state, custom_metadata=meta)
         self._pending = self._background.submit(self._finish, step, response.result)
+
+    def check(self) -> None:
+        """Raises what a save under way has raised by now."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Until the save under way is complete, when a run ends with an error: what it raises is only logged then."""
+        try:
+            self.wait()
+        except Exception:
+            log.exception("the checkpoint that was being saved is lost")
 
     def wait(self) -> None:
         """Until the save under way is complete and old ones are gone; raises what it raised."""
@@ -127,9 +141,10 @@ def _check_same_arrays(path: epath.Path, saved: Tree, wanted: Tree) -> None:
     for name in [*ours, *theirs]:
         if theirs.get(name) != ours.get(name):
             there, here = theirs.get(name, "missing"), ours.get(name, "not used")
+            settings = "mesh.data" if ".residual" in name else "model, critic and optimizer settings"
             raise ValueError(
                 f"checkpoint {path} does not fit this run: {name} is {there} in the checkpoint and {here} here; resume "
-                "with the model, critic and optimizer settings it was saved with, or start another run directory"
+                f"with the {settings} it was saved with, or start another run directory"
             )
 
 

@@ -64,12 +64,13 @@ def find(
     coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _number(num_processes, environ, "JAX_NUM_PROCESSES")
     process_id = _number(process_id, environ, "JAX_PROCESS_ID")
+    found = None
     if coordinator == "tpu":
-        return _tpu_vm(environ)
-    if num_processes is None and process_id is None:
+        found = _tpu_vm(environ)
+    elif num_processes is None and process_id is None:
         found = _slurm(environ, coordinator) or _tpu_gke(environ)
-        if found:
-            return found
+    if found is not None:
+        return found if found.num_processes > 1 else None
     if process_id is None and "JOB_COMPLETION_INDEX" in environ:
         process_id = int(environ["JOB_COMPLETION_INDEX"])
         if coordinator is None or num_processes is None:
@@ -102,13 +103,11 @@ def _number(given: int | None, environ: Mapping[str, str], name: str) -> int | N
 
 
 def _slurm(environ: Mapping[str, str], coordinator: str | None) -> Place | None:
-    """A step of `srun` with several tasks. Several tasks on a host share its devices: each has the one of its number."""
+    """A task of a step of `srun`. Several tasks on a host share its devices: each has the one of its number."""
     names = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
     if any(name not in environ for name in names):
         return None
     job, process_id, local_id, num_tasks = (int(environ[name]) for name in names[:-1])
-    if num_tasks == 1:
-        return None
     if coordinator is None:  # a port that two jobs on a node do not share
         coordinator = f"{first_host(environ['SLURM_STEP_NODELIST'])}:{60_000 + job % 4096}"
     one_each = re.fullmatch(
@@ -132,7 +131,7 @@ def _tpu_gke(environ: Mapping[str, str]) -> Place | None:
     return _of_slices(environ, hosts, int(environ["TPU_WORKER_ID"]))
 
 
-def _tpu_vm(environ: Mapping[str, str]) -> Place | None:
+def _tpu_vm(environ: Mapping[str, str]) -> Place:
     """What the metadata server of a Cloud TPU VM says of its pod."""
     hosts = []
     for worker in _metadata("worker-network-endpoints", environ).split(","):
@@ -142,12 +141,10 @@ def _tpu_vm(environ: Mapping[str, str]) -> Place | None:
     return _of_slices({**slices, **environ}, hosts, int(_metadata("agent-worker-number", environ)))
 
 
-def _of_slices(environ: Mapping[str, str], hosts: list[str], worker: int) -> Place | None:
+def _of_slices(environ: Mapping[str, str], hosts: list[str], worker: int) -> Place:
     """Hosts are of one slice, of which there may be several (MEGASCALE_*)."""
     num_slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
-    if len(hosts) * num_slices == 1:
-        return None
-    first = (environ.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).split(":")[0]
+    first = (environ.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0] or "localhost").split(":")[0]
     slice_id = int(environ.get("MEGASCALE_SLICE_ID") or 0)
     return Place(f"{first}:{PORT}", len(hosts) * num_slices, worker + slice_id * len(hosts))
 

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax
 from .cluster import Place
 from .config import Config, flat
 from .link import Link
+from .user_code import is_user_function
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
@@ -84,8 +85,19 @@ def _code() -> dict[str, str]:
 
 def _user_files(settings: Mapping[str, Any]) -> dict[str, str]:
     """A digest of every file of a user that the config names as path/to/file.py:function."""
-    paths = {str(value).rpartition(":")[0] for value in settings.values() if ".py:" in str(value)}
-    return {path: _digest(Path(path)) for path in paths if Path(path).is_file()}
+    paths = {text.rpartition(":")[0] for text in _texts(list(settings.values())) if is_user_function(text)}
+    return {path: _digest(file) for path in sorted(paths) if (file := Path(path).expanduser()).is_file()}
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """Every text in lists and dicts, however deep: rewards stand in a list."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping):
+        yield from _texts(list(tree.values()))
+    elif isinstance(tree, list):
+        for part in tree:
+            yield from _texts(part)
 
 
 def _digest(path: Path) -> str:

@@ -175,7 +175,7 @@ class Link:
             with contextlib.suppress(TimeoutError, ValueError):
                 hello = await asyncio.wait_for(channel.receive(), _HELLO_TIMEOUT_S)
             if hello == _RELAY:
-                await _pipe(channel, *await asyncio.open_connection("127.0.0.1", self._service_port))
+                await _pipe(channel, *await _when_it_listens(self._service_port, timeout_s))
             elif isinstance(hello, dict) and hello.keys() == {"process_id", "num_processes", *self._peers[0]}:
                 arrivals.put_nowait((hello, channel))
             else:  # not one of ours
@@ -340,6 +340,16 @@ class _Channel:
 
 _RELAY = {"relay": True}
 _END = "the end of the run"
+
+
+async def _when_it_listens(port: int, timeout_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to a port of this host. Another process may be here before the JAX of this one has begun to listen."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            try:
+                return await asyncio.open_connection("127.0.0.1", port)
+            except ConnectionRefusedError:
+                await asyncio.sleep(_RETRY_S)
 
 
 async def _pipe(channel: _Channel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -339,6 +339,7 @@ class Trainer:
         values, step, stop = {}, first, False
         shown = self.link.is_first
         with ExitStack() as ends:
+            ends.enter_context(closing(self.checkpoints))
             # The engine ends before the export, which makes a copy where it merges adapters.
             ends.enter_context(closing(self.engine))
             ends.enter_context(self.scorer)
@@ -360,6 +361,7 @@ class Trainer:
                 progress.completed(step)
                 self.link.finished(step)
                 log.info("step %d of %d took %.1f s", step, self.steps, values["timing_s/step"])
+                self.checkpoints.check()  # a disk that is full is news now, not with the next save
                 if stop:
                     break
             self.checkpoints.wait()

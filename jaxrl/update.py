@@ -218,6 +218,9 @@ class Programs:
         assert self.optimizer is not None, "a role without an optimizer takes no steps"
         with jax.named_scope("optimizer"):
             trained, opt_state, grad_norm = self.optimizer.update(grads, state.opt_state, trained, lr)
+        # An update of infinities is left out by the optimizer, and must not be sent the next time either.
+        finite = jnp.isfinite(grad_norm)
+        residual = jax.tree.map(lambda new, old: jnp.where(finite, new, old), residual, state.residual)
         return TrainState(trained, opt_state, residual), measured._asdict() | {"grad_norm": grad_norm}
 
     def _token_losses(self, trained, frozen, rows, targets, num_slots) -> tuple[Array, Measured]:

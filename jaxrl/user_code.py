@@ -14,7 +14,7 @@ from typing import Any
 
 
 def is_user_function(name: object) -> bool:
-    return isinstance(name, str) and re.search(r"\.py:\w+$", name) is not None
+    return isinstance(name, str) and re.search(r"^[^\n]{1,255}\.py:\w+$", name) is not None
 
 
 def import_function(name: str, what: str) -> Callable[..., Any]:

@@ -123,6 +123,28 @@ def test_an_error_in_the_background_is_raised_by_wait(tmp_path):
         checkpoints.wait()
 
 
+def test_an_error_in_the_background_is_news_before_the_next_save(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.check()
+    checkpoints.save(1, {"w": jnp.ones(3)}, {})
+    (tmp_path / "global_step_1").write_text("in the way")
+    with pytest.raises(OSError):
+        for _ in range(1000):
+            checkpoints.check()
+            time.sleep(0.01)
+
+
+def test_a_run_that_ends_with_an_error_waits_for_its_save_and_logs_what_went_wrong_with_it(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"w": jnp.ones(3)}, {})
+    checkpoints.close()
+    assert checkpoints.steps() == [1] and not caplog.text
+    checkpoints.save(2, {"w": jnp.ones(3)}, {})
+    (tmp_path / "global_step_2").write_text("in the way")
+    checkpoints.close()
+    assert "the checkpoint that was being saved is lost" in caplog.text
+
+
 ANOTHER_MESH = """
 import sys
 import jax, jax.numpy as jnp, numpy as np

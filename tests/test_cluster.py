@@ -42,7 +42,9 @@ def test_one_task_a_node_takes_all_devices_of_the_node_and_several_share_them():
 
 
 def test_a_slurm_step_of_one_task_is_a_run_of_one_process():
-    assert find(environ=SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    alone = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    assert find(environ=alone) is None
+    assert find(environ=alone | {"JAX_COORDINATOR_ADDRESS": "node001:60001"}) is None  # as slurm.sbatch sets it
 
 
 def test_the_batch_script_may_name_the_coordinator():

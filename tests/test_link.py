@@ -187,6 +187,24 @@ def test_a_stranger_at_the_port_does_no_harm():
     assert together(address, lambda link: (time.sleep(0.5), link.gather("x", link.process_id))[1]) == [[0, 1], [0, 1]]
 
 
+def test_jax_finds_its_coordinator_through_the_link_also_where_that_begins_to_listen_later():
+    def do(link: Link) -> bytes:
+        address, _, port = link.relay().rpartition(":")
+        if link.is_first:
+            time.sleep(0.5)  # the other has dialled by now
+            with socket.create_server((address, int(port))) as service:
+                connection, _ = service.accept()
+                with connection:
+                    heard = connection.recv(5)
+                    connection.sendall(heard[::-1])
+                    return heard
+        with socket.create_connection((address, int(port)), timeout=10) as dialled:
+            dialled.sendall(b"hello")
+            return dialled.recv(5)
+
+    assert together(places(2), do) == [b"hello", b"olleh"]
+
+
 MEMBER = """
 import sys, time
 from jaxrl.cluster import Place

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from jaxrl.rollout.vllm_process import ServerProcess
 from jaxrl.rollout.vllm_server import shared_memory, unlink
 from jaxrl.weights.export import hf_tensors
 from jaxrl.weights.folder import load_hf_config
-from jaxrl.weights.sync import FileSink, SharedFolder, adapter_export, model_export, model_shapes
+from jaxrl.weights.sync import Export, FileSink, SharedFolder, adapter_export, model_export, model_shapes
 
 MODEL = Path(__file__).parent / "data" / "hf_torch" / "llama32-tied"
 
@@ -66,9 +67,32 @@ def test_an_export_is_the_model_with_its_adapters_merged_under_hugging_face_name
 def test_only_the_dtype_that_is_served_travels(model, tmp_path):
     config, variables = model
     export = model_export("run", 0, variables, config, "bfloat16")
-    pieces = [bytes(piece) for piece in export.pieces()]
+    pieces = []
+    export.send([SimpleNamespace(write=lambda piece: pieces.append(bytes(piece)))])
     half = model_export("run", 0, variables, config, "float32").manifest.nbytes // 2
     assert sum(map(len, pieces[1:])) == export.manifest.nbytes == half
+
+
+def test_a_stream_that_a_sink_breaks_off_is_run_through_to_its_end(model):
+    """Other hosts gather every tensor: whoever stopped half-way would leave them waiting."""
+    config, variables = model
+    export = model_export("run", 0, variables, config, "float32")
+
+    def full(piece):
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError):
+        export.send([SimpleNamespace(write=full)])
+    assert not any(tensor.crc32 for tensor in export.manifest.tensors)
+    export.finish()
+    assert [tensor.crc32 for tensor in export.manifest.tensors] == [
+        tensor.crc32 for tensor in sent(model_export("run", 0, variables, config, "float32")).manifest.tensors
+    ]
+
+
+def sent(export: Export) -> Export:
+    export.send([])
+    return export
 
 
 def test_adapters_alone_are_an_export_under_peft_names(model, tmp_path):

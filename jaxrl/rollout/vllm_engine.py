@@ -105,9 +105,9 @@ class VllmEngine:
         else:
             make = partial(model_export, self.run, version, variables, self.config, info["dtype"])
         probe_logprobs = self._probe(variables)
+        self._link.first("how the weights travel", self._choose_ways)  # what is refused is, before the hosts gather
         if not self._link.is_first:
-            for _ in make().pieces():  # takes part in the gathering
-                pass
+            make().finish()  # takes part in the gathering
         self._link.first(f"version {version} of the weights", lambda: self._publish(make, probe_logprobs))
         self.version = version
 
@@ -135,17 +135,21 @@ class VllmEngine:
 
     # What they are made of.
 
+    def _choose_ways(self) -> None:
+        """To whom the next version is uploaded, and in which folders it is written for the others."""
+        transports = self._call(self._transports())
+        self._uploads = [server for server, name in transports.items() if name == "http"]
+        self._folders = {name: self._parent(name) for name in set(transports.values()) - {"http"}}
+
     def _publish(self, make: Callable[[], Export], probe_logprobs: list[float]) -> None:
         before = self._publication
-        transports = self._call(self._transports())
         adapter_of = self.source.base if self.settings.publish == "adapter" else None
         publication = Publication(
             make, self.probe_ids, probe_logprobs, self._loop, self.config, adapter_of=adapter_of,
             transports=self._transport, timeout_s=self.settings.load_timeout_s,
         )  # fmt: skip
         try:
-            folders = {name: self._parent(name) for name in set(transports.values()) - {"http"}}
-            publication.send([server for server, name in transports.items() if name == "http"], folders)
+            publication.send(self._uploads, self._folders)
             self._call(self.pool.install(publication))
         except BaseException:
             publication.forget()

@@ -49,6 +49,8 @@ class Publication:
         except BaseException:
             for sink in (*files, *uploads):
                 sink.abandon()
+            if jax.process_count() > 1:
+                export.finish()
             raise
         for file in files:
             file.close()

@@ -37,16 +37,16 @@ class Sink(Protocol):
 
 
 class Export:
-    """One version on its way out. `manifest` is complete when all `pieces` have been taken."""
+    """One version on its way out. `manifest` is complete when all of it has been sent."""
 
     def __init__(self, run: str, version: int, shapes: dict[str, tuple[int, ...]], dtype: str, stream: Stream):
         self.dtype = dtype_named(dtype)
         self._tensors = [Tensor(name, shape, SPELLINGS[dtype]) for name, shape in shapes.items()]
         self._stream = stream
         self.manifest = Manifest(run, version, tuple(self._tensors))
+        self._pieces = self._all_pieces()
 
-    def pieces(self) -> Iterator[memoryview]:
-        """On several hosts each of them must run through all of it, and each is given everything."""
+    def _all_pieces(self) -> Iterator[memoryview]:
         m, done = self.manifest, []
         yield memoryview(encode_header(m.run, m.version, m.tensors))
         for announced, (name, array) in zip(m.tensors, self._stream(), strict=True):
@@ -58,9 +58,14 @@ class Export:
         self.manifest = Manifest(m.run, m.version, tuple(done))
 
     def send(self, sinks: Sequence[Sink]) -> None:
-        for piece in self.pieces():
+        """All of it to each of the sinks. On several hosts each must call this (or `finish`), and each is given everything."""
+        for piece in self._pieces:
             for sink in sinks:
                 sink.write(piece)
+
+    def finish(self) -> None:
+        """Run through what has not been sent, since other hosts gather it too."""
+        self.send([])
 
 
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
