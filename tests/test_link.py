@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jaxrl.cluster import Place
-from jaxrl.distributed import check_same
+from jaxrl.distributed import _user_files, check_same
 from jaxrl.link import PEER_LOST, Link
 from jaxrl.rewards.score import Sample, Score
 from jaxrl.rewards.shared import shared
@@ -103,6 +103,17 @@ def test_hosts_that_differ_are_named_with_what_differs():
     errors = together(places(3), do)
     for error in errors:
         assert "process 2 (host" in str(error) and "do not agree on the config: actor.optim.lr is 1e-05" in str(error)
+
+
+def test_a_users_file_is_compared_wherever_the_config_names_it(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def score(): ...")
+    rewards = [{"name": f"{mine}:score", "kwargs": {"url": "x" * 300}}] * 4
+    long = "Answer in main.py: " * 40
+    found = _user_files({"reward.functions": rewards, "data.system_prompt": long, "data.train_files": f"{mine}:rows"})
+    assert list(found) == [str(mine)]
+    mine.write_text("def score(): return 1")
+    assert _user_files({"reward.functions": rewards}) != found
 
 
 def test_processes_share_the_samples_of_a_reward_and_one_of_whole_batches_runs_once():
