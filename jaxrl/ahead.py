@@ -72,7 +72,7 @@ class Ahead:
         return arrays, {
             "prompts": [prompt.index for prompt in e.prompts],
             "rollouts": [[r.group, len(r.token_ids), r.finished, r.weights_version, r.num_turns] for r in e.rollouts],
-            "scores": [[score.reward, score.metrics, score.error] for score in e.scores],
+            "scores": [[score.reward, score.metrics, score.error, score.pred] for score in e.scores],
             "baselines": None if e.baselines is None else e.baselines.tolist(), "epoch": e.epoch,
             "metrics": e.metrics,
         }  # fmt: skip
@@ -89,7 +89,7 @@ class Ahead:
             )
             for b, (group, length, finished, version, num_turns) in enumerate(meta["rollouts"])
         ]  # fmt: skip
-        scores = [Score(reward, metrics, error) for reward, metrics, error in meta["scores"]]
+        scores = [Score(*fields) for fields in meta["scores"]]
         baselines = None if meta["baselines"] is None else np.array(meta["baselines"], np.float32)
         prompts = [prompt_of(index) for index in meta["prompts"]]
         texts = [text_of(rollout) for rollout in rollouts]

@@ -6,6 +6,7 @@ experience while this one's trains (`ahead.py`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,9 @@ from .progress import Progress
 from .rewards import Sample, Score, Scorer
 from .rollout.engine import Sampling
 from .rollout.turns import SEED_STRIDE
+
+MAX_FRUITLESS = 10  # batches of prompts without one group that teaches anything: it is the reward then, not chance
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,11 @@ class Collector:
         nothing. They are left out, and more prompts are answered until there are enough for a step."""
         f, wanted = self.config.algorithm.filter_groups, self.config.data.train_batch_size
         prompts, rollouts, texts, scores = [], [], [], []
-        num_batches = num_seen = 0
+        num_batches = num_seen = fruitless = 0
         while True:
             num_batches, num_seen = num_batches + 1, num_seen + len(answered[0])
-            for group in _groups_that_differ(answered[1], answered[3], f.metric):
+            usable = _groups_that_differ(answered[1], answered[3], f.metric)
+            for group in usable:
                 if len(prompts) < wanted:
                     prompts.append(answered[0][answered[1][group[0]].group])
                     rollouts += [replace(answered[1][b], group=len(prompts) - 1) for b in group]
@@ -126,6 +131,14 @@ class Collector:
                     scores += [answered[3][b] for b in group]
             if len(prompts) == wanted:
                 break
+            fruitless = 0 if usable else fruitless + 1
+            if fruitless == MAX_FRUITLESS:
+                raise ValueError(
+                    f"algorithm.filter_groups: in {fruitless} batches of prompts in a row all responses to each prompt had the "
+                    f"same {f.metric}, so that there is nothing to learn from: look at the reward (samples.jsonl), or take "
+                    "easier or harder problems"
+                )
+            log.info("%d of %d groups after %d batches of prompts", len(prompts), wanted, num_batches)
             if num_batches == f.max_num_gen_batches:
                 raise ValueError(
                     f"after {num_batches} batches of prompts only {len(prompts)} of {wanted} groups have responses that "
@@ -148,7 +161,7 @@ def _groups_that_differ(rollouts: Sequence[Rollout], scores: Sequence[Score], me
 
 
 def _value(score: Score, metric: str) -> float:
-    if metric == "score":
+    if metric == "score" or (metric == "reward" and metric not in score.metrics):  # the latter is verl's word
         return score.reward
     if metric not in score.metrics:
         known = ", ".join(["score", *score.metrics])

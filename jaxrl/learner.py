@@ -81,7 +81,7 @@ class Learner:
         if roles.needs_critic:
             with timer("update_critic"):
                 metrics |= self._update_critic(step, sequences, prepared, values)
-        if step > c.trainer.critic_warmup:
+        if step >= c.trainer.critic_warmup:
             with timer("update_actor"):
                 metrics |= self._update_actor(step, sequences, prepared, old_logprobs, ref_logprobs)
         return metrics | data_metrics(
@@ -94,9 +94,9 @@ class Learner:
     def _update_critic(self, step: int, sequences: Sequences, prepared: Prepared, values) -> dict[str, float]:
         c, roles, outs, counts = self.config.critic, self.roles, [], []
         lr = roles.critic_lr(step - 1)
-        for chosen in self._mini_batches(sequences, c.ppo_epochs):
+        for chosen in self._mini_batches(sequences, self.config.critic_ppo_epochs):
             layout = self._pack(sequences, chosen, roles.critic_mesh, c.ppo_max_token_len_per_gpu)
-            weights = self._loss_weights(sequences.mask, chosen, c.loss_agg_mode)
+            weights = self._loss_weights(sequences.mask, chosen, self.config.critic_loss_agg_mode)
             targets = ValueTargets(*map(layout.to_slots, (values, prepared.returns, weights)))
             roles.critic_state, out = roles.critic.step(roles.critic_state, {}, layout, targets, lr)
             outs.append(out)
@@ -107,7 +107,7 @@ class Learner:
         self, step: int, sequences: Sequences, prepared: Prepared, old_logprobs, ref_logprobs
     ) -> dict[str, float]:
         c, roles, outs, counts = self.config.actor, self.roles, [], []
-        lr = roles.actor_lr(step - 1)
+        lr = roles.actor_lr(step - max(1, self.config.trainer.critic_warmup))  # its schedule begins with its updates
         mode = FIXED_AGGREGATIONS.get(c.policy_loss.loss_mode, c.loss_agg_mode)
         if ref_logprobs is None:
             ref_logprobs = np.zeros_like(old_logprobs)

@@ -6,6 +6,7 @@ files, and each step stands in them once.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import netrc
@@ -22,6 +23,7 @@ from urllib.parse import urlparse
 import jax
 import numpy as np
 
+from .algorithms.choose import choose
 from .progress import console_line, validation_line
 
 log = logging.getLogger(__name__)
@@ -45,8 +47,7 @@ class Metrics:
 
     def __init__(self, run: Run, loggers: Sequence[str], *, print_line: Callable[[str], None] = print) -> None:
         for name in loggers:
-            if name not in LOGGERS:
-                raise ValueError(f"logger {name!r} is not one of {', '.join(LOGGERS)}")
+            check_logger(name)
         self._loggers: list[Logger] = []
         if jax.process_index() == 0:
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +118,15 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def check_logger(name: str) -> None:
+    """Raises ValueError where there is no such logger, or its package is not installed."""
+    choose(LOGGERS, name, "trainer.logger")
+    if name == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "logger 'wandb' needs the package wandb: pip install 'jaxrl[wandb]', or leave it out of trainer.logger"
+        )
 
 
 @contextmanager
@@ -200,12 +210,8 @@ class WandbLogger:
     """Weights & Biases; without an API key the run is kept in wandb/, for `wandb sync`."""
 
     def __init__(self, run: Run, print_line: Callable[[str], None]) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports] (an extra)
-        except ModuleNotFoundError as e:
-            raise ValueError(
-                "logger 'wandb' needs the package wandb: pip install 'jaxrl[wandb]', or leave it out of trainer.logger"
-            ) from e
+        import wandb  # pyright: ignore[reportMissingImports] (an extra)
+
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         if mode == "offline":
             log.warning("wandb runs offline: send it later with `wandb sync %s`", run.folder / "wandb" / "offline-*")

@@ -117,7 +117,7 @@ def gap_metrics(sums: Mapping[str, Any], largest: Mapping[str, Any], num_tokens:
 
 
 def turn_metrics(num_turns: Sequence[int], num_errors: int) -> dict[str, float]:
-    """How often the model spoke in a response, and how many calls of the user's function have failed since the start."""
+    """How often the model spoke in a response, and how many calls of the user's function failed."""
     return {**_mean_max_min("num_turns", np.asarray(num_turns)), "num_turns/errors": num_errors}
 
 
@@ -145,7 +145,8 @@ def validation_metrics(
 ) -> dict[str, float]:
     """verl's `val-core|val-aux/<source>/<variable>/<metric>`, all arguments one entry a sample.
 
-    The variables are `reward` (`scores`) and the numbers in `extra` (None: this sample has none). For the k samples of
+    The variables are `reward` (`scores`, whatever `extra` has under that name) and the numbers in `extra` (None: this
+    sample has none). For the k samples of
     a prompt: `mean@k`, and with k > 1 `std@k`, `best@n/mean|std` and `worst@n/mean|std` for n = 2, 4, 8, ..., k, by
     1000 draws of n samples with replacement; with the strings `extra["pred"]` (the answers given) also `maj@n`, the
     value of the commonest answer. Then the mean over the prompts of a source. Core are mean, best and maj at the
@@ -158,7 +159,7 @@ def validation_metrics(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     for (source, _), samples in samples_of.items():
-        for variable, column in {"reward": scores, **extra}.items():
+        for variable, column in {**extra, "reward": scores}.items():
             measured = [i for i in samples if column[i] is not None]
             if not measured or isinstance(column[measured[0]], str):
                 continue

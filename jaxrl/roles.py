@@ -273,12 +273,13 @@ def schedule_of(o: Optim, steps: int) -> Callable[[int], float]:
 def policy_loss(c: Config) -> PolicyLoss:
     """The actor's objective. Raises ValueError where it names a loss or a KL estimator that is unknown."""
     a = c.actor
-    choose(POLICY_LOSSES, a.policy_loss.loss_mode, "actor.policy_loss.loss_mode")
-    choose(KL_ESTIMATORS, a.kl_loss_type, "actor.kl_loss_type")
+    arguments = ("logprobs", "old_logprobs", "advantages", "mask")
+    choose(POLICY_LOSSES, a.policy_loss.loss_mode, "actor.policy_loss.loss_mode", takes=arguments)
+    choose(KL_ESTIMATORS, a.kl_loss_type, "actor.kl_loss_type", takes=("logprobs", "ref_logprobs"))
     return PolicyLoss(
         name=a.policy_loss.loss_mode, clip_low=a.clip_ratio_low, clip_high=a.clip_ratio_high, clip_c=a.clip_ratio_c,
         tau_pos=a.policy_loss.tau_pos, tau_neg=a.policy_loss.tau_neg, dro_beta=a.policy_loss.dro_beta,
-        entropy_coeff=a.entropy_coeff, kl_loss_coef=a.kl_loss_coef if a.use_kl_loss else 0.0,
+        entropy_coeff=a.entropy_coeff, kl_loss_coef=a.kl_loss_coef if a.use_kl_loss else None,
         kl_loss_type=a.kl_loss_type, temperature=c.rollout.temperature, top_k=c.rollout.top_k, top_p=c.rollout.top_p,
         measure_gap=c.algorithm.rollout_correction.bypass_mode,
     )  # fmt: skip

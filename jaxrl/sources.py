@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -85,7 +86,10 @@ def _rows_of_task(name: str, split: str | None, kwargs: dict[str, Any]) -> list[
 def _rows_of_function(function: Callable[..., Any], name: str, split: str | None, kwargs: dict[str, Any]) -> Rows:
     rows = _call(function, name, kwargs if split is None else {"split": split, **kwargs})
     if isinstance(rows, Iterator):
-        return list(rows)
+        try:
+            return list(rows)
+        except Exception as error:
+            raise _failed(name, error) from error
     if not isinstance(rows, Iterable):
         raise ValueError(f"{name} returned {type(rows).__name__}: it must return or yield rows, each a dict")
     return _pick_split(rows, split, name)
@@ -98,7 +102,17 @@ def _call(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> An
         signature.bind(**kwargs)
     except TypeError as error:
         raise ValueError(f"{name}: {error}; its parameters are {signature}") from None
-    return function(**kwargs)
+    try:
+        return function(**kwargs)
+    except Exception as error:
+        raise _failed(name, error) from error
+
+
+def _failed(name: str, error: Exception) -> ValueError:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return ValueError(
+        f"{name} failed: {type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+    )
 
 
 def _is_hub_id(source: str) -> bool:
@@ -229,7 +243,10 @@ def _read_json(file: Path) -> list[Any]:
 
     Read without pyarrow, which turns strings that look like dates into dates and so would change answers.
     """
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8 ({error}): save it as UTF-8") from None
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)

@@ -32,7 +32,7 @@ from .distributed import check_same
 from .doctor import NUM_PROMPTS, Doctor
 from .learner import Learner, preparation_of, rows_of
 from .link import Link
-from .loggers import LOGGERS, Metrics, Run, Samples, process_log
+from .loggers import Metrics, Run, Samples, check_logger, process_log
 from .metrics import (
     CompileCounter,
     Timer,
@@ -111,7 +111,7 @@ class Trainer:
         self.steps = c.trainer.total_training_steps or c.trainer.total_epochs * self.loader.steps_per_epoch
         if self.link.is_first:
             rows = rows_of(c, self.mesh, c.actor.ppo_max_token_len_per_gpu)
-            print(config_module.describe(c, num_rows=rows, steps=self.steps, num_prompts=len(train)))
+            print(config_module.describe(c, num_rows=rows, steps=self.steps, num_prompts=len(train)), flush=True)
         self._check_choices()
         self.scorer = self._make_scorer(reward)
         self.compiles = CompileCounter()
@@ -119,7 +119,10 @@ class Trainer:
         check_fits(c, self.roles)
         self.roles.load(resumed=self.start is not None)
         self.learner = Learner(c, self.roles)
-        waiting = None if self.start is None else self._restore(*self.start)
+        waiting = None
+        if self.start is not None:
+            waiting = self._restore(*self.start)
+            self._say_where_it_goes_on(self.start[1])
         self.engine = self._make_engine()
         self.turns = self._make_turns()
         self.collector = Collector(
@@ -141,23 +144,19 @@ class Trainer:
         other_name = "set trainer.experiment_name or trainer.run_dir to another name"
         if saved.exists() and (changed := config_module.differences(self.config, saved)):
             raise ValueError(f"{self.folder} holds a run with other settings ({'; '.join(changed[:3])}): {other_name}")
-        latest = self.checkpoints.latest()
-        if t.resume_mode == "auto" and latest is not None:
-            return str(self.folder / "checkpoints"), latest
-        held = latest is not None or any(
-            (self.folder / name).exists() for name in ("metrics.jsonl", "samples.jsonl", "hf")
-        )
-        if held and (t.resume_mode != "auto" or (self.folder / "hf").exists()):
-            raise ValueError(
-                f"{self.folder} already holds a run, and there is no checkpoint to go on from: {other_name}"
-            )
-        if t.resume_mode == "resume_path":
-            path = Path(str(t.resume_from_path)).expanduser()
-            match = re.fullmatch(r"global_step_(\d+)", path.name)
-            if not match or not path.is_dir():
-                raise ValueError(f"trainer.resume_from_path {path} is not a checkpoint folder global_step_<n>")
-            return str(path.parent), int(match[1])
-        return None
+        own, latest = self.folder / "checkpoints", self.checkpoints.latest()
+        named = _checkpoint_named(t.resume_from_path) if t.resume_mode == "resume_path" else None
+        if named is not None and Path(named[0]).resolve() == own.resolve():
+            return named  # back to an earlier step of this run
+        if t.resume_mode != "disable" and latest is not None:
+            return str(own), latest  # of a run that began from a path, too: the same command goes on with it
+        left = [
+            name for name in ("checkpoints", "metrics.jsonl", "samples.jsonl", "hf") if (self.folder / name).exists()
+        ]
+        if left and (t.resume_mode == "disable" or "hf" in left):
+            why = "trainer.resume_mode is disable" if latest is not None else "there is no checkpoint to go on from"
+            raise ValueError(f"{self.folder} already holds a run ({', '.join(left)}), and {why}: {other_name}")
+        return named
 
     def _tokenizer(self, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """The tokenizer that was handed over, which is then exported too, or the model's own."""
@@ -185,15 +184,15 @@ class Trainer:
     def _check_choices(self) -> None:
         """What names mean is known to modules that the config does not import: asked here, before weights are loaded."""
         c = self.config
-        estimator = choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator")
+        estimator = choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator", takes=("rewards", "mask"))
         wanted = inspect.signature(estimator).parameters
         self.needs_critic, self.needs_baselines = "values" in wanted, "baselines" in wanted
         choose(AGGREGATIONS, c.actor.loss_agg_mode, "actor.loss_agg_mode")
-        choose(AGGREGATIONS, c.critic.loss_agg_mode, "critic.loss_agg_mode")
+        choose(AGGREGATIONS, c.critic_loss_agg_mode, "critic.loss_agg_mode")
         policy_loss(c)
         preparation_of(c)  # both raise where a name is not known
         for name in c.trainer.logger:
-            choose(LOGGERS, name, "trainer.logger")
+            check_logger(name)
         for settings in (c.rollout, c.rollout.val_kwargs):
             sampling_of(settings, max_tokens=c.data.max_response_length, stop_ids=self.stop_ids)
         if c.trainer.trainer_mode == "one_step_off":
@@ -299,8 +298,18 @@ class Trainer:
         self.loader.restore(meta["loader"])
         if self.config.algorithm.kl_ctrl.type != "fixed":
             self.learner.kl_coef = meta["kl_coef"]
-        log.info("going on from step %d", step)
         return (arrays, meta["waiting"]) if meta.get("waiting") else None
+
+    def _say_where_it_goes_on(self, step: int) -> None:
+        log.info("going on from step %d", step)
+        if not self.link.is_first:
+            return
+        print(f"Going on after step {step} of {self.steps}, from a checkpoint.")
+        if step >= self.steps:
+            print(
+                f"All {self.steps} steps were taken before: nothing is left to train, and hf/ is written again. Raise "
+                "trainer.total_training_steps or total_epochs to go on, or name another trainer.experiment_name to begin anew."
+            )
 
     def _empty_arrays(self) -> dict[str, np.ndarray]:
         """What a checkpoint holds of the samples that wait for the next step: nothing where none ever do."""
@@ -336,7 +345,7 @@ class Trainer:
             config_module.save(c, self.folder / "config.yaml")
         run = Run(self.folder, c.trainer.project_name, c.trainer.experiment_name, config_module.to_dict(c),
                   c.trainer.total_epochs, self.steps, first + 1 if first else 0)  # fmt: skip
-        values, step, stop = {}, first, False
+        values, step, stop, saving = {}, first, False, Timer()
         shown = self.link.is_first
         with ExitStack() as ends:
             ends.enter_context(closing(self.checkpoints))
@@ -352,12 +361,14 @@ class Trainer:
             if self.val is not None and c.trainer.val_before_train and first == 0:
                 metrics.log(0, self.validate(0, samples))
             for step in range(first + 1, self.steps + 1):
-                values = self.step(step, samples, progress)
+                values = self.step(step, samples, progress) | saving.metrics()  # of the save after the step before
                 metrics.log(step, values)
+                saving = Timer()
                 stop = any(self.link.gather("whether SIGTERM came", sigterm.noticed)) and step < self.steps
                 # After the log: a run that goes on from this checkpoint has the step in its files.
                 if stop or c.trainer.save_freq > 0 and (step == self.steps or step % c.trainer.save_freq == 0):
-                    self._save(step)
+                    with saving("save_checkpoint"):
+                        self._save(step)
                 progress.completed(step)
                 self.link.finished(step)
                 log.info("step %d of %d took %.1f s", step, self.steps, values["timing_s/step"])
@@ -395,7 +406,7 @@ class Trainer:
             metrics["perf/update_weights_gb"] = self.engine.weights_gb
         metrics |= timer.metrics() | memory_metrics() | _reward_metrics(e.scores) | e.metrics
         if self.turns is not None:
-            metrics |= turn_metrics([r.num_turns for r in e.rollouts], self.turns.errors)
+            metrics |= turn_metrics([r.num_turns for r in e.rollouts], self.turns.take_errors())
         return metrics | {
             "training/global_step": step,
             "training/epoch": e.epoch,
@@ -410,7 +421,7 @@ class Trainer:
             return {}
         flops = {"actor": c.actor.ppo_epochs * update_flops(roles.model, *lengths, frozen=roles.has_adapters)}
         if self.needs_critic:
-            flops["critic"] = c.critic.ppo_epochs * update_flops(roles.critic.config, *lengths, head="score")
+            flops["critic"] = c.critic_ppo_epochs * update_flops(roles.critic.config, *lengths, head="score")
         return mfu_metrics(flops, seconds=seconds, num_devices=self.mesh.size, peak=hardware.flops)
 
     def validate(self, step: int, samples: Samples) -> dict[str, float]:
@@ -419,10 +430,13 @@ class Trainer:
         e = self.collector.held_out(list(self.val))
         self._log(samples, step, "val", e)
         names = sorted({name for score in e.scores for name in score.metrics})
+        columns: dict[str, list] = {name: [_measured(s, name) for s in e.scores] for name in names}
+        if any(s.pred is not None for s in e.scores):
+            columns["pred"] = [s.pred for s in e.scores]
         return validation_metrics(
             [e.prompts[r.group].data_source for r in e.rollouts], [r.group for r in e.rollouts],
-            [s.reward for s in e.scores], {name: [s.metrics.get(name) for s in e.scores] for name in names},
-        )  # fmt: skip
+            [s.reward for s in e.scores], columns,
+        ) | {"val-aux/reward_errors": sum(s.error is not None for s in e.scores)}  # fmt: skip
 
     def _staleness(self, step: int, e: Experience) -> int:
         """How many updates the weights that sampled are behind; samples of any other weights enter no batch."""
@@ -447,6 +461,20 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str
     named = generation_config.get("eos_token_id") or []
     stops = {named} if isinstance(named, int) else set(named)
     return tuple(sorted(stops if own is None else stops | {own}))
+
+
+def _checkpoint_named(path: str | None) -> tuple[str, int]:
+    """The folder's folder and the step of trainer.resume_from_path."""
+    folder = Path(str(path)).expanduser()
+    match = re.fullmatch(r"global_step_(\d+)", folder.name)
+    if not match or not folder.is_dir():
+        raise ValueError(f"trainer.resume_from_path {folder} is not a checkpoint folder global_step_<n>")
+    return str(folder.parent), int(match[1])
+
+
+def _measured(score: Score, name: str) -> float | None:
+    """A number of a sample that was scored. Where scoring failed the answer counts as wrong, and not as never given."""
+    return score.metrics.get(name, 0.0 if name == "acc" and score.error is not None else None)
 
 
 def _reward_metrics(scores: list[Score]) -> dict[str, float]:

@@ -64,7 +64,7 @@ class PolicyLoss:
     tau_neg: float = 1.05
     dro_beta: float = 0.05
     entropy_coeff: float = 0.0
-    kl_loss_coef: float = 0.0  # 0: no KL term in the loss
+    kl_loss_coef: float | None = None  # None: no KL to the reference; 0: measured and not in the loss
     kl_loss_type: str = "low_var_kl"
     temperature: float = 1.0  # how the engine samples: what is trained is the distribution that it draws from
     top_k: int = -1
@@ -284,7 +284,7 @@ class Policy(Programs):
             total -= c.entropy_coeff * entropy_loss
         metrics = {**sums, "entropy": jnp.sum(jnp.where(mask, entropy, 0.0))}
         losses = {"pg_loss": pg_loss, "entropy_loss": entropy_loss}
-        if c.kl_loss_coef:
+        if c.kl_loss_coef is not None:
             kl = choose(KL_ESTIMATORS, c.kl_loss_type, "actor.kl_loss_type")(logprobs, targets.ref_logprobs)
             losses["kl_loss"] = jnp.sum(jnp.where(mask, kl, 0.0) * targets.term_weights)
             total += c.kl_loss_coef * losses["kl_loss"]

@@ -35,13 +35,18 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     with link:
+        from jaxrl.rewards import RewardError
         from jaxrl.trainer import Trainer
 
         try:
             trainer = Trainer(c, link)
         except ValueError as error:
             sys.exit(f"error: {error}")
-        trainer.fit()
+        try:
+            trainer.fit()
+        except (ValueError, RewardError) as error:
+            log = trainer.folder / "logs" / f"process_{link.process_id}.log"
+            sys.exit(f"error: {error} ({log} holds the traceback)")
 
 
 if __name__ == "__main__":

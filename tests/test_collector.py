@@ -50,6 +50,8 @@ def test_what_never_fills_a_step_is_said(filtered):
         Trainer(from_dict(filtered("flat", 16, max_num_gen_batches=3))).fit()
     with pytest.raises(ValueError, match="after 1 batches of prompts only 0 of 8 groups .* differ in acc"):
         Trainer(from_dict(filtered("acc", 0, max_num_gen_batches=1, metric="acc"))).fit()
+    with pytest.raises(ValueError, match="in 10 batches of prompts in a row all responses .* had the same reward"):
+        Trainer(from_dict(filtered("for ever", 16, metric="reward"))).fit()
     with pytest.raises(ValueError, match="filter_groups.metric 'ac' is not among what the reward returns: score, acc"):
         Trainer(from_dict(filtered("unknown", 0, metric="ac"))).fit()
     with pytest.raises(ValueError, match="filter_groups compares the responses of a group: set rollout.n above 1"):

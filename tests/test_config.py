@@ -13,6 +13,7 @@ import yaml
 
 from jaxrl import config as config_module
 from jaxrl.config import CHOICES, MAY_CHANGE, Config, check_sources, describe, differences, from_dict, load, save
+from jaxrl.config.verl_names import VERL_NAMES
 
 ROOT = Path(__file__).parent.parent
 SMALLEST = {
@@ -98,6 +99,57 @@ def test_an_override_without_key_and_value_is_refused_with_an_example(override, 
         load(file, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("actor.clip_ratio=0.3", "Here it is actor.clip_ratio_low and actor.clip_ratio_high"),
+        ("actor.ppo_micro_batch_size_per_gpu=4", "rows are always packed"),
+        ("data.val_batch_size=8", "rollout.max_num_seqs at a time"),
+        ("actor_rollout_ref.model.path=x", "its parts at the top: model, actor, rollout and ref"),
+        ("trainer.n_gpus_per_node=8", "mesh.data, mesh.fsdp and mesh.tensor"),
+    ],
+)
+def test_a_setting_of_verls_is_answered_with_what_it_is_here(file, override, answer):
+    with pytest.raises(ValueError, match=f"is a name of verl's. .*{re.escape(answer)}"):
+        load(file, [override])
+
+
+def test_the_answers_to_verls_names_name_settings_that_exist():
+    known = {f.name for f in dataclasses.fields(Config)}
+    for name, answer in VERL_NAMES.items():
+        assert not _exists(name), f"{name} is a setting here too"
+        for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)+", answer):
+            if word.split(".")[0] in known:
+                assert _exists(word), f"{name}: {word}"
+
+
+def _exists(key: str) -> bool:
+    cls: typing.Any = Config
+    for name in key.split("."):
+        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        if name not in hints:
+            return False
+        cls = hints[name]
+    return True
+
+
+def test_a_band_is_a_band_however_it_is_written(file):
+    key = "algorithm.rollout_correction.rollout_is_threshold"
+    quoted, bare = (load(file, [f"{key}={band}"]) for band in ('"0.5_2"', "0.5_2"))
+    assert bare.algorithm.rollout_correction.rollout_is_threshold == "0.5_2"
+    assert quoted == bare
+    section = {"rollout_correction": {"rollout_is": "token", "rollout_is_threshold": "BAND"}}
+    file.write_text(yaml.safe_dump(SMALLEST | {"algorithm": section}).replace("BAND", "1_4"))
+    assert load(file).algorithm.rollout_correction.rollout_is_threshold == "1_4"
+
+
+def test_the_critic_learns_as_often_and_weighted_as_the_actor_unless_it_is_told(file):
+    c = load(file, ["actor.ppo_epochs=4", "actor.loss_agg_mode=seq-mean-token-mean"])
+    assert (c.critic_ppo_epochs, c.critic_loss_agg_mode) == (4, "seq-mean-token-mean")
+    c = load(file, ["actor.ppo_epochs=4", "critic.ppo_epochs=2", "critic.loss_agg_mode=token-sum"])
+    assert (c.critic_ppo_epochs, c.critic_loss_agg_mode) == (2, "token-sum")
+
+
 def test_an_override_that_is_no_yaml_is_refused(file):
     with pytest.raises(ValueError, match=r"override 'actor.optim.betas=\[' has no value that YAML can read"):
         load(file, ["actor.optim.betas=["])
@@ -160,6 +212,16 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         (["model.lora_rank=4", "model.lora_targets=[]"], "model.lora_targets .* must be some of q_proj"),
         (["trainer.resume_mode=resume_path"], "resume_path needs trainer.resume_from_path"),
         (["model.lora_rank=4", "model.lora_alpha=0"], "model.lora_alpha 0.0 must be above 0"),
+        (["actor.optim.clip_grad=-1"], "actor.optim.clip_grad is -1.0 and must be above 0"),
+        (["critic.optim.lr=.nan"], "critic.optim.lr is nan and must be 0 or above"),
+        (["actor.optim.betas=[1.5,2]"], "actor.optim.betas is 1.5 and must be from 0 to below 1"),
+        (["algorithm.gamma=5"], "algorithm.gamma is 5.0 and must be from 0 to 1"),
+        (["actor.entropy_coeff=.inf"], "actor.entropy_coeff is inf and must be a finite number"),
+        (["actor.loss_scale_factor=0"], "actor.loss_scale_factor is 0 and must be above 0"),
+        (
+            ["actor.ppo_max_token_len_per_gpu=1000"],
+            "ppo_max_token_len_per_gpu 1000 is less than a packed row, of 1024 tokens: raise it, or lower trainer.row_length",
+        ),
         (["model.lora_rank=-1"], "model.lora_rank -1 must be 0, which trains all weights, or above"),
     ],
 )
@@ -230,7 +292,7 @@ def test_the_defaults_of_named_functions_are_in_their_tables(file):
     c = load(file)
     assert c.algorithm.adv_estimator in ADVANTAGES and c.algorithm.kl_ctrl.type in KL_CONTROLLERS
     assert {c.algorithm.kl_penalty, c.actor.kl_loss_type} <= set(KL_ESTIMATORS)
-    assert {c.actor.loss_agg_mode, c.critic.loss_agg_mode} <= set(AGGREGATIONS)
+    assert {c.actor.loss_agg_mode, c.critic_loss_agg_mode} <= set(AGGREGATIONS)
     assert c.actor.policy_loss.loss_mode in POLICY_LOSSES and set(c.trainer.logger) <= set(LOGGERS)
 
 
@@ -241,7 +303,7 @@ def test_describe_does_the_arithmetic_of_a_run(file):
     ])  # fmt: skip
     assert describe(c, num_rows=5, steps=10, num_prompts=80) == (
         "10 steps over 80 prompts. A step samples 4 responses to each of 8 prompts: 32 sequences. They are trained on "
-        "in 2 mini-batches of 16 sequences, 3 times over: 6 updates a step, 48 in all. A micro-batch is at most 5 packed "
+        "in 2 mini-batches of 16 sequences, 3 times over: 6 updates a step, 54 in all. A micro-batch is at most 5 packed "
         "rows of 256 tokens. The learning rate moves once a step: 10 learning-rate steps."
     )
 
@@ -284,9 +346,7 @@ def test_differences_name_what_changes_the_run_and_let_pass_what_does_not(file, 
 
 def test_what_may_change_exists():
     for key in [*MAY_CHANGE, *CHOICES]:
-        cls: typing.Any = Config
-        for name in key.split("."):
-            cls = typing.get_type_hints(cls)[name]
+        assert _exists(key), key
 
 
 def test_config_starts_no_jax():

@@ -168,9 +168,94 @@ def test_another_run_is_never_overwritten(settings, tmp_path):
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"other settings \(actor.optim.lr was 0.003 and is 0.1\).*another name"):
         Trainer(from_dict(settings("first", trainer__total_training_steps=1, actor__optim={"lr": 0.1})))
-    with pytest.raises(ValueError, match="already holds a run, and there is no checkpoint to go on from"):
+    with pytest.raises(ValueError, match=r"already holds a run \(metrics.jsonl, .*hf\), and there is no checkpoint"):
         Trainer(from_dict(settings("first", trainer__total_training_steps=1)))
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*") if path.is_file()}
+
+
+def test_a_run_that_began_from_a_checkpoint_is_started_again_and_goes_back_in_its_own_folder(
+    settings, tmp_path, capsys
+):
+    run(settings("origin", trainer__total_training_steps=2, trainer__save_freq=1))
+    named = {
+        "trainer__resume_mode": "resume_path", "trainer__save_freq": 1,
+        "trainer__resume_from_path": str(tmp_path / "origin" / "checkpoints" / "global_step_1"),
+    }  # fmt: skip
+    assert [row["step"] for row in run(settings("branch", **named, trainer__total_training_steps=3))] == [2, 3]
+    shutil.rmtree(tmp_path / "branch" / "hf")
+    capsys.readouterr()
+    again = run(settings("branch", **named, trainer__total_training_steps=4))  # the same command, with a step more
+    assert [row["step"] for row in again] == [2, 3, 4]
+    assert "Going on after step 3 of 4, from a checkpoint." in capsys.readouterr().out
+    run(settings("branch", **named, trainer__total_training_steps=4))
+    assert "nothing is left to train" in capsys.readouterr().out
+
+    back = named | {"trainer__resume_from_path": str(tmp_path / "branch" / "checkpoints" / "global_step_2")}
+    other = run(settings("branch", **back, trainer__total_training_steps=3))
+    assert [row["step"] for row in other] == [2, 3]
+    assert [numbers_of(row) for row in other] == [numbers_of(row) for row in again[:2]]
+
+
+def test_the_actor_and_its_learning_rate_begin_when_the_critic_has_warmed_up(settings):
+    optim = {"lr": 4e-3, "lr_scheduler_type": "linear", "lr_warmup_steps": 2}
+    rows = run(settings("warm", data__val_files=None, trainer__critic_warmup=3, actor__optim=optim, critic__optim=optim,
+                        trainer__total_training_steps=5))  # fmt: skip
+    assert [row.get("actor/lr") for row in rows] == [None, None, 0.0, 2e-3, 4e-3]  # verl: from the step of that number
+    assert rows[1]["critic/lr"] == 2e-3
+
+
+FAILS_HALF = """
+def graded(solution_str, ground_truth, extra_info):
+    if extra_info["index"] % 2:
+        raise RuntimeError("no grade")
+    return {"score": 1.0, "acc": 1.0, "reward": 7.0, "pred": solution_str[:1]}
+"""
+
+
+def test_a_sample_whose_reward_failed_counts_as_wrong_and_is_counted(settings, tmp_path):
+    (tmp_path / "half.py").write_text(FAILS_HALF)
+    tree = settings("half", reward={"functions": [{"name": f"{tmp_path}/half.py:graded"}]},
+                    rollout__val_kwargs={"temperature": 1.0, "n": 2}, trainer__total_training_steps=1)  # fmt: skip
+    for split in ("train", "val"):
+        path = tmp_path / f"{split}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("\n".join(json.dumps(r | {"extra_info": {"index": i}}) for i, r in enumerate(rows)))
+    first, last = run(tree)
+    assert last["reward/errors"] > 0 == last["reward/errors"] % 4  # all four responses to some prompts
+    for row in (first, last):
+        assert row["val-core/sums/acc/mean@2"] == 0.5 and row["val-aux/reward_errors"] == 8
+        assert row["val-aux/sums/reward/mean@2"] == 0.5  # the score, not the metric of that name
+        assert row["val-core/sums/acc/maj@2/mean"] == 0.5
+
+
+def test_kl_with_coefficient_0_is_watched_and_moves_nothing(settings):
+    same = {"data__val_files": None, "trainer__total_training_steps": 2}
+    plain, watched = (
+        run(settings(name, **same, **changes))
+        for name, changes in (("plain", {}), ("watched", {"actor__use_kl_loss": True, "actor__kl_loss_coef": 0.0}))
+    )
+    assert watched[1]["actor/kl_loss"] > 0 and "actor/kl_loss" not in plain[1]
+    assert watched[1]["actor/grad_norm"] == pytest.approx(plain[1]["actor/grad_norm"], rel=1e-5)
+
+
+def test_what_goes_wrong_while_training_is_one_sentence_with_the_log_that_says_more(settings, tmp_path):
+    tree = settings("raises", reward={"functions": [{"name": f"{tmp_path}/raises.py:always"}], "on_error": "raise"})
+    (tmp_path / "raises.py").write_text("def always(solution_str):\n    raise RuntimeError('out of grades')\n")
+    path = tmp_path / "raises.json"
+    path.write_text(json.dumps(tree))
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(path)]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "error: reward " in ended.stderr and "out of grades" in ended.stderr
+    log = tmp_path / "raises" / "logs" / "process_0.log"
+    assert f"({log} holds the traceback)" in ended.stderr and "Traceback" in log.read_text()
+
+
+@pytest.mark.parametrize("script", ["train", "plan", "doctor", "serve_vllm", "convert_checkpoint", "prepare_data"])
+def test_every_script_helps(script):
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
+    shown = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert shown.returncode == 0 and "usage:" in shown.stdout and len(shown.stdout) > 300
 
 
 CHOICES = {
@@ -290,6 +375,15 @@ def test_a_users_estimator_that_names_values_gets_a_critic(settings, tmp_path):
     assert rows[1]["critic/vf_loss"] > 0 and rows[1]["actor/grad_norm"] > 0
 
 
+MINE = """
+def loss(logprobs, advantages): ...
+def estimator(rewards, mask, group, values): ...
+def rows(split):
+    row = {}
+    yield {"prompt": row["question"]}
+"""
+
+
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
@@ -306,10 +400,19 @@ def test_a_users_estimator_that_names_values_gets_a_critic(settings, tmp_path):
             {"fsdp": 3},
             "critic.mesh 1x3x1 takes 3 of the 1 devices|critic.mesh: mesh 1x3x1 needs 3 devices",
         ),
+        (
+            "actor__policy_loss",
+            {"loss_mode": "MINE:loss"},
+            r"is called with \(logprobs, old_logprobs, advantages, mask\)",
+        ),
+        ("algorithm__adv_estimator", "MINE:estimator", r"is called with \(rewards, mask\)"),
+        ("data__train_files", "MINE:rows", r"failed: KeyError: 'question' \(mine.py, line 6\)"),
         ("ref__compute_dtype", "float16", "ref.compute_dtype is 'float16' and must be one of None, bfloat16, float32"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(settings, tmp_path, key, value, sentence):
+    (tmp_path / "mine.py").write_text(MINE)
+    value = json.loads(json.dumps(value).replace("MINE", f"{tmp_path}/mine.py"))
     tree = settings("bad", trainer__row_length=None, **{key: value})
     with pytest.raises(ValueError, match=sentence):
         Trainer(from_dict(tree))

@@ -7,30 +7,46 @@ entries; which keyword-only arguments it has is its own affair, because it is gi
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 from jaxrl.user_code import import_function, is_user_function
 
 
-def choose(table: Mapping[str, Callable], name: str | Callable, what: str) -> Callable:
+def choose(table: Mapping[str, Callable], name: str | Callable, what: str, *, takes: Sequence[str] = ()) -> Callable:
     """The entry called `name`, the user's function `path/to/file.py:function`, or `name` itself when it is a function.
 
-    `what` is the word for the thing in the error, for example "policy loss".
+    `what` is the word for the thing in the error, for example "policy loss". `takes`: the arguments that the user's
+    function will be given by position; without any it is not looked at.
 
     Raises:
-        ValueError: the table has no such entry; lists the ones it has.
+        ValueError: the table has no such entry (lists the ones it has), or the user's function takes other arguments.
     """
     if callable(name):
         return name
     if is_user_function(name):
-        return _user_function(name, what)
+        function = _user_function(name, what)
+        if takes:
+            _check_takes(function, takes, f"{what} {name}")
+        return function
     if name not in table:
         close = difflib.get_close_matches(name, table, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ValueError(f"Unknown {what} '{name}'.{hint} Known: {', '.join(table)}.")
     return table[name]
+
+
+def _check_takes(function: Callable, takes: Sequence[str], what: str) -> None:
+    signature = inspect.signature(function)
+    try:
+        needed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        signature.replace(parameters=needed).bind(*takes)
+    except TypeError:
+        raise ValueError(
+            f"{what} has the parameters {signature}: it is called with ({', '.join(takes)}), and with those keywords that it "
+            "names after a `*`"
+        ) from None
 
 
 @cache

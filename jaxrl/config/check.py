@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 from .settings import LORA_TARGETS, Config
 
 # The names that a setting may have. Tables of functions (advantages, losses, ...) are asked by the trainer at its start:
@@ -29,15 +33,72 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 
 
+# What a number may be; None is none. (nan is within no range.)
+POSITIVE = "above 0"
+NOT_NEGATIVE = "0 or above"
+SHARE = "from 0 to 1"
+BELOW_ONE = "from 0 to below 1"
+FINITE = "a finite number"
+RANGES: dict[str, dict[str, tuple[str, ...]]] = {
+    "data": {POSITIVE: ("max_prompt_length", "max_response_length", "train_batch_size")},
+    "rollout": {
+        POSITIVE: ("n", "max_num_seqs", "tensor_model_parallel_size", "max_probs_diff", "val_kwargs.n", "temperature",
+                   "multi_turn.max_assistant_turns", "multi_turn.timeout_s"),
+    },
+    "rollout.vllm": {
+        POSITIVE: ("num_servers", "probe_tolerance", "start_timeout_s", "load_timeout_s", "stall_timeout_s"),
+        NOT_NEGATIVE: ("max_restarts",),
+    },
+    "reward": {POSITIVE: ("timeout_s",), FINITE: ("error_reward", "model.weight")},
+    "algorithm": {
+        SHARE: ("gamma", "lam"), NOT_NEGATIVE: ("kl_ctrl.kl_coef",), POSITIVE: ("kl_ctrl.horizon", "kl_ctrl.target_kl"),
+    },
+    "actor": {
+        POSITIVE: ("ppo_epochs", "ppo_mini_batch_size", "ppo_max_token_len_per_gpu", "loss_scale_factor", "clip_ratio_c",
+                   "policy_loss.tau_pos", "policy_loss.tau_neg"),
+        NOT_NEGATIVE: ("clip_ratio_low", "clip_ratio_high", "kl_loss_coef", "policy_loss.dro_beta"),
+        FINITE: ("entropy_coeff",),
+    },
+    "critic": {POSITIVE: ("ppo_epochs", "ppo_max_token_len_per_gpu", "num_layers", "cliprange_value")},
+    "trainer": {
+        POSITIVE: ("total_epochs", "total_training_steps", "row_length", "start_timeout_s", "heartbeat_timeout_s"),
+        NOT_NEGATIVE: ("critic_warmup",),
+    },
+}  # fmt: skip
+_OPTIM = {
+    POSITIVE: ("clip_grad", "grad_topk"), NOT_NEGATIVE: ("lr", "weight_decay", "num_cycles"),
+    SHARE: ("lr_warmup_steps_ratio", "min_lr_ratio"),
+}  # fmt: skip
+RANGES |= {"actor.optim": _OPTIM, "critic.optim": _OPTIM}
+_WITHIN: dict[str, Callable[[float], bool]] = {
+    POSITIVE: lambda x: 0 < x < math.inf,
+    NOT_NEGATIVE: lambda x: 0 <= x < math.inf,
+    SHARE: lambda x: 0 <= x <= 1,
+    BELOW_ONE: lambda x: 0 <= x < 1,
+    FINITE: math.isfinite,
+}
+
+
+def value_of(c: Config, key: str) -> Any:
+    """The value of a setting by its dotted name."""
+    value: Any = c
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
 def check(c: Config) -> None:
     """Raises ValueError, with the fix, for what cannot be or does not fit together."""
     for key, choices in CHOICES.items():
-        value = c
-        for name in key.split("."):
-            value = getattr(value, name)
-        if value not in choices:
+        if (value := value_of(c, key)) not in choices:
             raise ValueError(f"{key} is {value!r} and must be one of {', '.join(map(str, choices))}")
-    _check_positive(c)
+    for section, ranges in RANGES.items():
+        for words, names in ranges.items():
+            for name in names:
+                _check_range(f"{section}.{name}", value_of(c, f"{section}.{name}"), words)
+    for role in ("actor", "critic"):
+        for beta in value_of(c, f"{role}.optim.betas"):
+            _check_range(f"{role}.optim.betas", beta, BELOW_ONE)
     if c.rollout.engine == "vllm":
         _check_vllm(c)
     _check_placement(c)
@@ -51,6 +112,12 @@ def check(c: Config) -> None:
             f"trainer.row_length {c.row_length} is shorter than data.max_prompt_length + data.max_response_length = "
             f"{c.max_length}: raise it or leave it out"
         )
+    for role in ("actor", "critic"):
+        if (most := value_of(c, f"{role}.ppo_max_token_len_per_gpu")) < c.row_length:
+            raise ValueError(
+                f"{role}.ppo_max_token_len_per_gpu {most} is less than a packed row, of {c.row_length} tokens: raise it, or "
+                f"lower trainer.row_length (at least {c.max_length}, the longest sequence)"
+            )
     if c.model.attention == "splash" and c.trainer.share_prompt and c.rollout.n > 1:
         raise ValueError(
             "model.attention splash cannot share a prompt between responses: set trainer.share_prompt=false"
@@ -78,6 +145,11 @@ def check(c: Config) -> None:
         raise ValueError(f"model.lora_alpha {c.model.lora_alpha} must be above 0")
 
 
+def _check_range(key: str, value: float | None, words: str) -> None:
+    if value is not None and not _WITHIN[words](value):
+        raise ValueError(f"{key} is {value} and must be {words}")
+
+
 def check_sources(c: Config, *, model: bool = False, train_dataset: bool = False, reward: bool = False) -> None:
     """Raises ValueError unless model, training data and reward each come from the config or are handed over in Python."""
     needed = {"data.train_files": (c.data.train_files, train_dataset), "model.path": (c.model.path, model)}
@@ -96,7 +168,7 @@ def _check_placement(c: Config) -> None:
         if wrong := set(getattr(c, role).offload) - set(known):
             raise ValueError(f"{role}.offload holds {', '.join(sorted(wrong))}: it may hold {' and '.join(known)}")
     for name, optim in (("actor", c.actor.optim), ("critic", c.critic.optim)):
-        if not 0 < optim.grad_topk <= 1:
+        if optim.grad_topk > 1:
             raise ValueError(f"{name}.optim.grad_topk {optim.grad_topk} is a share: above 0, at most 1")
     meshes = {
         "mesh": c.mesh,
@@ -156,40 +228,3 @@ def _check_sampling(c: Config) -> None:
         raise ValueError(
             f"algorithm.filter_groups.max_num_gen_batches {filtered.max_num_gen_batches} must be 0 (no limit) or above"
         )
-
-
-def _check_positive(c: Config) -> None:
-    numbers = {
-        "data.max_prompt_length": c.data.max_prompt_length,
-        "data.max_response_length": c.data.max_response_length,
-        "data.train_batch_size": c.data.train_batch_size,
-        "rollout.n": c.rollout.n,
-        "rollout.max_num_seqs": c.rollout.max_num_seqs,
-        "rollout.tensor_model_parallel_size": c.rollout.tensor_model_parallel_size,
-        "rollout.vllm.num_servers": c.rollout.vllm.num_servers,
-        "rollout.vllm.probe_tolerance": c.rollout.vllm.probe_tolerance,
-        "rollout.vllm.start_timeout_s": c.rollout.vllm.start_timeout_s,
-        "rollout.vllm.load_timeout_s": c.rollout.vllm.load_timeout_s,
-        "rollout.vllm.stall_timeout_s": c.rollout.vllm.stall_timeout_s,
-        "rollout.multi_turn.max_assistant_turns": c.rollout.multi_turn.max_assistant_turns,
-        "rollout.max_probs_diff": c.rollout.max_probs_diff,
-        "rollout.multi_turn.timeout_s": c.rollout.multi_turn.timeout_s,
-        "rollout.val_kwargs.n": c.rollout.val_kwargs.n,
-        "rollout.temperature": c.rollout.temperature,
-        "actor.ppo_epochs": c.actor.ppo_epochs,
-        "actor.ppo_mini_batch_size": c.actor.ppo_mini_batch_size,
-        "critic.ppo_epochs": c.critic.ppo_epochs,
-        "actor.ppo_max_token_len_per_gpu": c.actor.ppo_max_token_len_per_gpu,
-        "critic.ppo_max_token_len_per_gpu": c.critic.ppo_max_token_len_per_gpu,
-        "algorithm.kl_ctrl.horizon": c.algorithm.kl_ctrl.horizon,
-        "algorithm.kl_ctrl.target_kl": c.algorithm.kl_ctrl.target_kl,
-        "reward.timeout_s": c.reward.timeout_s,
-        "trainer.total_epochs": c.trainer.total_epochs,
-        "trainer.total_training_steps": c.trainer.total_training_steps,
-        "trainer.row_length": c.trainer.row_length,
-        "trainer.start_timeout_s": c.trainer.start_timeout_s,
-        "trainer.heartbeat_timeout_s": c.trainer.heartbeat_timeout_s,
-    }
-    for key, value in numbers.items():
-        if value is not None and not value > 0:  # nor may it be nan
-            raise ValueError(f"{key} is {value} and must be above 0")

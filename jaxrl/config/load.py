@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .check import check, check_sources
 from .settings import Config, RewardFunction
+from .verl_names import VERL_NAMES
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -26,7 +29,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ValueError(f"{path} is not there: --config takes a YAML file such as configs/quickstart.yaml")
     try:
-        given = OmegaConf.load(path)
+        given = OmegaConf.load(StringIO(_with_bands_as_text(path.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, OSError) as error:  # OSError: the file holds one number or word
         raise ValueError(f"{path} is not a YAML file of sections: {' '.join(str(error).split())}") from None
     if not isinstance(given, DictConfig):
@@ -41,12 +44,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def _with_bands_as_text(text: str) -> str:
+    """`..._threshold: 0.5_2` means a band, and YAML reads the number 0.52 (an underscore may group its digits)."""
+    return re.sub(r"(_threshold\s*[:=]\s*)([\d.]+_[\d.]+)", r'\1"\2"', text)
+
+
 def _with_override(given: Any, override: str) -> Any:
     key, equals, _ = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ValueError(f"override {override!r} is not of the form a.b=c, for example actor.optim.lr=1e-6")
     try:
-        return OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
+        return OmegaConf.merge(given, OmegaConf.from_dotlist([_with_bands_as_text(override)]))
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"override {override!r} has no value that YAML can read: {problem}") from None
@@ -90,6 +98,8 @@ def _check_keys_and_types(cls: type, given: Any, where: str) -> None:
         raise ValueError(f"{where.rstrip('.') or 'the config'} must be a section with keys, and is {given!r}")
     types = typing.get_type_hints(cls)
     for key, value in given.items():
+        if key not in types and f"{where}{key}" in VERL_NAMES:
+            raise ValueError(f"{where}{key} is a name of verl's. Here it is {VERL_NAMES[f'{where}{key}']}.")
         if key not in types:
             close = difflib.get_close_matches(str(key), types, n=1)
             hint = f" Did you mean {where}{close[0]}?" if close else f" Known: {', '.join(types)}."

@@ -188,7 +188,7 @@ class Optim:
     lr: float = 1e-6
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
-    clip_grad: float = 1.0
+    clip_grad: float | None = 1.0  # the norm of a gradient at most; None: no limit
     lr_scheduler_type: str = "constant"  # or linear, cosine; moves once a step
     lr_warmup_steps: int = -1  # -1: by the ratio
     lr_warmup_steps_ratio: float = 0.0
@@ -235,8 +235,8 @@ class CriticSection:
     num_layers: int | None = None  # only the first layers of the model: a cheaper critic
     export: bool = False  # leave critic/ beside hf/ at the end, a token-classification model
     cliprange_value: float = 0.5
-    loss_agg_mode: str = "token-mean"
-    ppo_epochs: int = 1
+    loss_agg_mode: str | None = None  # None: the actor's
+    ppo_epochs: int | None = None  # None: the actor's
     ppo_max_token_len_per_gpu: int = 32768
     offload: tuple[str, ...] = ()  # as of the actor
     compute_dtype: str | None = None  # None: model.compute_dtype
@@ -261,9 +261,9 @@ class TrainerSection:
     total_epochs: int = 30
     total_training_steps: int | None = None
     trainer_mode: str = "sync"  # one_step_off: the next step's responses are generated while this one's train
-    critic_warmup: int = 0  # steps before the first actor update
+    critic_warmup: int = 0  # the actor's first update is in this step; 0 and 1: in the first
     save_freq: int = -1  # steps between checkpoints, and one at the end; -1: none
-    max_ckpt_to_keep: int | None = 1
+    max_ckpt_to_keep: int | None = None  # None: all
     resume_mode: str = "auto"  # auto: go on from the run's last checkpoint; disable; resume_path
     resume_from_path: str | None = None  # a checkpoint folder global_step_<n>, with resume_path
     test_freq: int = -1  # steps between validations; -1: only at the end
@@ -292,6 +292,14 @@ class Config:
     @property
     def needs_ref(self) -> bool:
         return self.actor.use_kl_loss or self.algorithm.use_kl_in_reward
+
+    @property
+    def critic_loss_agg_mode(self) -> str:
+        return self.critic.loss_agg_mode or self.actor.loss_agg_mode
+
+    @property
+    def critic_ppo_epochs(self) -> int:
+        return self.critic.ppo_epochs or self.actor.ppo_epochs
 
     @property
     def max_length(self) -> int:

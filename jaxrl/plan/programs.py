@@ -143,7 +143,7 @@ def _training(c: Config, roles: Roles) -> list[Work]:
         lower = partial(critic.lower_step, state["critic"], {})
         uses = ("critic", "critic optimizer")
         update.append(
-            work("update_critic", "update", critic.config, mesh, lower, mini_batch, most, uses, c.critic.ppo_epochs)
+            work("update_critic", "update", critic.config, mesh, lower, mini_batch, most, uses, c.critic_ppo_epochs)
         )
     lower = partial(policy.lower_step, state["actor"], frozen)
     uses = ("actor", "actor optimizer", *base)

@@ -35,6 +35,7 @@ class Score:
     reward: float
     metrics: dict[str, float] = field(default_factory=dict)  # further numbers, logged as reward/<name>/mean
     error: str | None = None  # why scoring this sample failed; `reward` is then the scorer's `error_reward`
+    pred: str | None = None  # the answer that was read from the response, for a vote among those of a prompt (maj@k)
 
     def __post_init__(self):
         object.__setattr__(self, "reward", float(self.reward))
@@ -61,6 +62,7 @@ def combine(
 
 
 def _combine_one(parts: dict[str, Score], weights: Mapping[str, float], error_reward: float) -> Score:
+    pred = next((score.pred for score in parts.values() if score.pred is not None), None)
     if len(parts) == 1:
         metrics = dict(next(iter(parts.values())).metrics)
     else:
@@ -68,29 +70,31 @@ def _combine_one(parts: dict[str, Score], weights: Mapping[str, float], error_re
         metrics |= {f"{name}/{key}": value for name, score in parts.items() for key, value in score.metrics.items()}
     errors = [f"{name}: {score.error}" for name, score in parts.items() if score.error is not None]
     if errors:
-        return Score(error_reward, metrics, "; ".join(errors))
-    return Score(math.fsum(weights[name] * score.reward for name, score in parts.items()), metrics)
+        return Score(error_reward, metrics, "; ".join(errors), pred)
+    return Score(math.fsum(weights[name] * score.reward for name, score in parts.items()), metrics, pred=pred)
 
 
 def score_of(result: Any) -> Score:
     """A `Score` from what a reward function returned: a number, a bool, or a dict with "score" and further metrics.
 
-    Of the dict's other values the finite numbers become metrics; texts and the like are left out. A result that is
-    no finite number gives a score with an error.
+    Of the dict's other values the finite numbers become metrics, the text "pred" is the answer that was found, and
+    other texts and the like are left out. A result that is no finite number gives a score with an error.
     """
     metrics: dict[str, float] = {}
+    pred = None
     reward = result
     if isinstance(result, Mapping):
         if "score" not in result:
             return failed(f'it returned a dict without the key "score" (its keys: {sorted(map(str, result))})')
         reward = result["score"]
+        pred = result["pred"] if isinstance(result.get("pred"), str) else None
         metrics = {str(key): _number(value) for key, value in result.items() if key != "score"}
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
     number = _number(reward)
     if not math.isfinite(number):
         kind = type(reward).__name__
         return failed(f"it returned {_shorten(repr(reward), 80)} ({kind}) as the score, which is not a finite number")
-    return Score(number, metrics)
+    return Score(number, metrics, pred=pred)
 
 
 def score_one(function: Callable[[Any], Any], sample: Any, result_of: Callable[[Any], Any] = score_of) -> Any:

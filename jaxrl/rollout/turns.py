@@ -112,7 +112,12 @@ class Turns:
             load=load, what="rollout.multi_turn.function",
         )  # fmt: skip
         self.link = Link() if link is None else link
-        self.errors = 0  # calls of the function that failed, since the start
+        self.errors = 0  # calls of the function that failed and have not been counted yet
+
+    def take_errors(self) -> int:
+        """How many calls of the function have failed since this was asked last."""
+        errors, self.errors = self.errors, 0
+        return errors
 
     def close(self) -> None:
         self.pool.close()
