@@ -413,7 +413,8 @@ def rows(split):
 def test_bad_input_is_refused_before_anything_is_written(settings, tmp_path, key, value, sentence):
     (tmp_path / "mine.py").write_text(MINE)
     value = json.loads(json.dumps(value).replace("MINE", f"{tmp_path}/mine.py"))
-    tree = settings("bad", trainer__row_length=None, **{key: value})
+    room = {f"{role}__ppo_max_token_len_per_gpu": 1024 for role in ("actor", "critic")}
+    tree = settings("bad", trainer__row_length=None, **room, **{key: value})
     with pytest.raises(ValueError, match=sentence):
         Trainer(from_dict(tree))
     assert not (tmp_path / "bad").exists()
