@@ -378,7 +378,7 @@ def test_a_users_estimator_that_names_values_gets_a_critic(settings, tmp_path):
 MINE = """
 def loss(logprobs, advantages): ...
 def estimator(rewards, mask, group, values): ...
-def rows(split):
+def rows():
     row = {}
     yield {"prompt": row["question"]}
 """
