@@ -44,7 +44,7 @@ def make_optimizer(
     clip_grad: float | None = 1.0,
     moments_dtype: str = "float32",
 ) -> Optimizer:
-    """AdamW (arXiv:1711.05101) on float32 master parameters, equal to torch's `clip_grad_norm_` and `AdamW`.
+    """AdamW (arXiv:1711.05101), on float32 parameters equal to torch's `clip_grad_norm_` and `AdamW`.
 
         g <- g * min(1, clip_grad / (|g| + 1e-6))        |g| over all arrays, in float32; clip_grad=None: as it is
         p <- p - lr * (m / (sqrt(v) + eps) + weight_decay * p)         m, v: Adam's moments of g, bias-corrected
@@ -53,14 +53,15 @@ def make_optimizer(
     that norm is not finite, parameters and state stay as they were; the caller sees it by the norm.
 
     `moments_dtype="bfloat16"` halves the optimizer's memory. The second moment is then rounded stochastically: it moves
-    by a thousandth a step, less than bfloat16 can show, and rounded to nearest it would stay where it is.
+    by a thousandth a step, less than bfloat16 can show, and rounded to nearest it would stay where it is. So are
+    parameters that come in bfloat16: updates that are smaller than their last bit move them in the mean.
     """
     if moments_dtype not in MOMENTS_DTYPES:
         raise ValueError(f"moments_dtype {moments_dtype!r} is not one of {', '.join(MOMENTS_DTYPES)}")
     beta1, beta2 = betas
 
     def init(params: Tree) -> OptState:
-        _check_float32(params)
+        _check_dtypes(params)
         mu, nu = (optax.tree.zeros_like(params, dtype=moments_dtype) for _ in range(2))
         return OptState(jnp.zeros((), jnp.int32), mu, nu)
 
@@ -82,6 +83,7 @@ def make_optimizer(
 
         def step(g: Array, p: Array, m: Array, v: Array, key: Array) -> tuple[Array, Array, Array]:
             """One array, or one layer of it."""
+            kept_as, p = p.dtype, p.astype(jnp.float32)
             m, v = m.astype(jnp.float32), v.astype(jnp.float32)
             m = jnp.where(finite, (1 - beta1) * g + beta1 * m, m)
             v = jnp.where(finite, (1 - beta2) * g**2 + beta2 * v, v)
@@ -89,6 +91,8 @@ def make_optimizer(
             p = p - lr * (m_hat / (jnp.sqrt(v_hat) + eps) + weight_decay * p)
             if moments_dtype == "bfloat16":
                 m, v = m.astype(jnp.bfloat16), _round_stochastically(v, key)
+            if kept_as == jnp.bfloat16:
+                p = _round_stochastically(p, jax.random.fold_in(key, 1))
             return p, m, v
 
         def of_leaf(path: tuple, *arrays: Array) -> tuple[Array, Array, Array]:
@@ -160,13 +164,13 @@ def lr_schedule(
     return at
 
 
-def _check_float32(params: Tree) -> None:
+def _check_dtypes(params: Tree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if leaf.dtype != jnp.float32:
+        if leaf.dtype not in (jnp.float32, jnp.bfloat16):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
-                f"parameter {name} is {leaf.dtype}: trained parameters are kept in float32 (smaller types round small "
-                "updates away), load it as float32 and let the model compute in bfloat16"
+                f"parameter {name} is {leaf.dtype}: trained parameters are kept in float32, or in bfloat16, which is rounded "
+                "stochastically"
             )
 
 

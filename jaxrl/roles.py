@@ -77,7 +77,8 @@ class Roles:
         self.actor_optimizer = optimizer_of(c.actor.optim)
         self.policy = Policy(self.mesh, self.model, self.actor_optimizer, policy_loss(c))
         self.actor_lr = schedule_of(c.actor.optim, steps)
-        abstract = abstract_variables(self.mesh, self.model, "lm")
+        trained_as = "float32" if self.model.lora_rank else c.actor.param_dtype
+        abstract = abstract_variables(self.mesh, self.model, "lm", trained_as)
         self.has_adapters = "lora" in abstract
         if self.has_adapters:  # what does not train needs no float32
             frozen = abstract_variables(self.mesh, self.model, "lm", c.model.compute_dtype)["params"]
@@ -131,7 +132,7 @@ class Roles:
         self.critic_optimizer = optimizer_of(c.critic.optim)
         self.critic = Critic(self.critic_mesh, config, self.critic_optimizer, c.critic.cliprange_value)
         self.critic_lr = schedule_of(c.critic.optim, steps)
-        self.critic_weights = abstract_variables(self.critic_mesh, config, "score")
+        self.critic_weights = abstract_variables(self.critic_mesh, config, "score", c.critic.param_dtype)
         if "params" in c.critic.offload:
             self.critic_weights = {"params": waiting(self.critic_weights["params"])}
         self.critic_abstract = abstract_train_state(

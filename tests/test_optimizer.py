@@ -90,9 +90,25 @@ def test_bfloat16_second_moment_follows_what_rounding_to_nearest_would_lose():
     assert abs(float(nearest) / float(full_state.nu["w"][0]) - 1) > 0.02
 
 
-def test_parameters_that_are_not_float32_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"layers\.kernel is bfloat16.*float32"):
-        make_optimizer().init({"layers": {"kernel": jnp.ones(2, jnp.bfloat16)}})
+def test_bfloat16_parameters_take_in_the_mean_steps_that_they_cannot_show():
+    params = {"w": jnp.ones(100_000, jnp.bfloat16)}
+    grads = {"w": jnp.full(100_000, 1e-3, jnp.bfloat16)}
+    optimizer = make_optimizer(weight_decay=0.0)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.mu, state.nu))} == {jnp.dtype("float32")}
+    for _ in range(20):
+        params, state, _ = update(grads, state, params, 1e-5)  # the next number below 1 is 0.996
+    w = np.asarray(params["w"], np.float64)
+    assert params["w"].dtype == jnp.bfloat16 and 1 < len(set(w)) < 5
+    np.testing.assert_allclose(1 - w.mean(), 20 * 1e-5, rtol=0.05)  # one entry is 0 or 0.004 away
+    broken, _, norm = update({"w": grads["w"].at[0].set(jnp.inf)}, state, params, 1e-5)
+    assert not np.isfinite(norm)
+    np.testing.assert_array_equal(broken["w"], params["w"])
+
+
+def test_parameters_of_other_types_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"layers\.kernel is float16.*float32, or in bfloat16"):
+        make_optimizer().init({"layers": {"kernel": jnp.ones(2, jnp.float16)}})
     with pytest.raises(ValueError, match="float16.*float32, bfloat16"):
         make_optimizer(moments_dtype="float16")
 

@@ -15,6 +15,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.shard_tokens": ("none", "blocks", "attention"),
     "model.attention": ("xla", "cudnn", "splash"),
     "model.compute_dtype": ("bfloat16", "float32"),
+    "actor.param_dtype": ("float32", "bfloat16"),
+    "critic.param_dtype": ("float32", "bfloat16"),
     "critic.remat": (None, "none", "dots", "full", "offload"),
     "critic.compute_dtype": (None, "bfloat16", "float32"),
     "ref.compute_dtype": (None, "bfloat16", "float32"),
@@ -167,9 +169,16 @@ def _check_placement(c: Config) -> None:
     for role, known in (("actor", ("optimizer", "params")), ("critic", ("optimizer", "params")), ("ref", ("params",))):
         if wrong := set(getattr(c, role).offload) - set(known):
             raise ValueError(f"{role}.offload holds {', '.join(sorted(wrong))}: it may hold {' and '.join(known)}")
-    for name, optim in (("actor", c.actor.optim), ("critic", c.critic.optim)):
-        if optim.grad_topk > 1:
-            raise ValueError(f"{name}.optim.grad_topk {optim.grad_topk} is a share: above 0, at most 1")
+    for name, role in (("actor", c.actor), ("critic", c.critic)):
+        if role.optim.grad_topk > 1:
+            raise ValueError(f"{name}.optim.grad_topk {role.optim.grad_topk} is a share: above 0, at most 1")
+        if role.param_dtype == "bfloat16" and role.optim.grad_compression != "none":
+            raise ValueError(
+                f"{name}.optim.grad_compression {role.optim.grad_compression} is of float32 gradients, and with "
+                f"{name}.param_dtype bfloat16 they are halved already: set it to none"
+            )
+    if c.actor.param_dtype == "bfloat16" and c.model.lora_rank:
+        raise ValueError("actor.param_dtype bfloat16 is for weights: adapters (model.lora_rank) are small, and float32")
     meshes = {
         "mesh": c.mesh,
         "critic.mesh": c.critic.mesh,

