@@ -59,15 +59,16 @@ class Collector:
     def __init__(
         self, config: Config, generate: Callable[..., list[Rollout]], scorer: Scorer, loader: PromptLoader,
         tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...], needs_baselines: bool,
+        begins: Callable[[str], None] = lambda stage: None,
     ):  # fmt: skip
         self.config, self.generate, self.scorer, self.loader, self.tokenizer = (
             config, generate, scorer, loader, tokenizer
         )  # fmt: skip
-        self.stop_ids, self.needs_baselines = stop_ids, needs_baselines
+        self.stop_ids, self.needs_baselines, self.begins = stop_ids, needs_baselines, begins
 
     def collect(self, step: int, progress: Progress) -> Experience:
         """The experience of a step: the same for the same weights and position in the data, whenever it is asked for."""
-        c, timer, seed = self.config, Timer(), self.config.trainer.seed * 1_000_003 + step
+        c, timer, seed = self.config, Timer(self.begins), self.config.trainer.seed * 1_000_003 + step
         sampling = self._sampling(c.rollout)
         with timer("collect"):
             chosen = self._answered(next(self.loader), sampling, seed, progress, timer)

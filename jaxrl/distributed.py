@@ -29,8 +29,9 @@ def start(place: Place | None, c: Config) -> Link:
 
     Raises ValueError where the coordinator cannot be reached, a process is missing, or hosts disagree.
     """
-    timeout_s, start_timeout_s = c.trainer.heartbeat_timeout_s, c.trainer.start_timeout_s
-    link = Link(place, heartbeat_timeout_s=timeout_s, start_timeout_s=start_timeout_s)
+    t = c.trainer
+    timeout_s, start_timeout_s = t.heartbeat_timeout_s, t.start_timeout_s
+    link = Link(place, heartbeat_timeout_s=timeout_s, step_timeout_s=t.step_timeout_s, start_timeout_s=start_timeout_s)
     if place is None:
         return link
     settings = flat(c)

@@ -1,9 +1,10 @@
 """The wire between the processes of a run, beside JAX: who is there, small values exchanged, and news of the dead.
 
 Process 0 listens on the coordinator's port, every other process holds one TCP connection to it. Once a second each says
-that it lives and which step it finished last. A process that dies closes its connection, one that is stopped falls
-silent, and in both cases all others end with its name: a collective of JAX would hang, or abort with a message that
-names nobody. Without JAX, as it has to work before JAX starts and when JAX no longer does.
+that it lives, which step it finished last and what it is at. A process that dies closes its connection, one that is
+stopped falls silent, one that hangs stays at what it is at, and each time all others end with its name: a collective of
+JAX would hang, or abort with a message that names nobody. Without JAX, as it has to work before JAX starts and when JAX
+no longer does.
 """
 
 from __future__ import annotations
@@ -37,17 +38,24 @@ log = logging.getLogger(__name__)
 class Link:
     """This process among those of its run. Without a `place` it is alone, and every method does the obvious.
 
-    `heartbeat_timeout_s`: after that long a silence a process counts as dead. `start_timeout_s`: for so long the
-    processes wait for each other at the start. Raises ValueError where they do not come together.
+    `heartbeat_timeout_s`: after that long a silence a process counts as dead. `step_timeout_s`: where for so long no step
+    has been finished by all, the one that has stood still the longest counts as dead (None: nobody looks).
+    `start_timeout_s`: for so long the processes wait for each other at the start. Raises ValueError where they do not
+    come together.
     """
 
-    def __init__(self, place: Place | None = None, *, heartbeat_timeout_s: float = 100, start_timeout_s: float = 300):
+    def __init__(
+        self, place: Place | None = None, *, heartbeat_timeout_s: float = 100, step_timeout_s: float | None = None,
+        start_timeout_s: float = 300,
+    ):  # fmt: skip
         self.process_id, self.num_processes = (0, 1) if place is None else (place.process_id, place.num_processes)
         self._peers: list[dict[str, Any]] = [_myself()]
         if place is None:
             return
-        self._place, self._timeout_s = place, heartbeat_timeout_s
+        self._place, self._timeout_s, self._step_timeout_s = place, heartbeat_timeout_s, step_timeout_s
         self._steps = [0] * place.num_processes  # finished last, by each process
+        self._stages: list[tuple[str, float]] = [("the start", 0.0)] * place.num_processes  # and for how many seconds
+        self._same_step_s = 0.0  # since a step was finished by all
         self._channels: dict[int, _Channel] = {}  # process 0: to all others; the others: to process 0
         self._values: dict[int, asyncio.Queue[dict]] = {i: asyncio.Queue() for i in range(place.num_processes)}
         self._service_port = _free_port()  # of JAX's own coordinator, which listens to this host alone
@@ -97,6 +105,11 @@ class Link:
         """Tell the others that this process has finished a step."""
         if self.num_processes > 1:
             self._loop.call_soon_threadsafe(self._say_alive, step)
+
+    def at(self, stage: str) -> None:
+        """Say what this process begins to do: if it never ends, that is where it stood still."""
+        if self.num_processes > 1:
+            self._loop.call_soon_threadsafe(self._note, stage)
 
     def relay(self) -> str:
         """The address at which JAX finds its coordinator.
@@ -259,7 +272,8 @@ class Link:
             if "lost" in message:
                 self._lose(message["lost"], message["reason"])
             elif "step" in message:
-                self._steps[process_id] = message["step"]
+                self._finished(process_id, message["step"])
+                self._stages[process_id] = tuple(message["at"])
             elif "what" in message:
                 self._values[process_id].put_nowait(message)
                 if not self.is_first and message["what"] == _END:
@@ -273,17 +287,43 @@ class Link:
         """
         tick_s = min(1.0, self._timeout_s / 5)
         while not self._ended:
+            stage, still_s = self._stages[self.process_id]
+            self._stages[self.process_id] = stage, still_s + tick_s
+            self._same_step_s += tick_s
             self._say_alive()
+            self._look_for_one_that_hangs()
             for process_id, channel in self._channels.items():
                 channel.quiet_s += tick_s
                 if channel.quiet_s > self._timeout_s:
                     self._lose(process_id, f"has not been heard of for {self._timeout_s:g} s")
             await asyncio.sleep(tick_s)
 
+    def _look_for_one_that_hangs(self) -> None:
+        limit = self._step_timeout_s
+        if not self.is_first or limit is None or self._same_step_s <= limit:
+            return
+        stages = [still_s for _, still_s in self._stages]
+        hanging = stages.index(max(stages))  # the others went on to where they need it
+        stage, still_s = self._stages[hanging]
+        self._lose(
+            hanging,
+            f"has been at {stage!r} for {still_s:.0f} s, and no step was finished for {limit:g} s "
+            "(trainer.step_timeout_s)",
+        )
+
+    def _note(self, stage: str) -> None:
+        self._stages[self.process_id] = stage, 0.0
+
+    def _finished(self, process_id: int, step: int) -> None:
+        before, self._steps[process_id] = min(self._steps), step
+        if min(self._steps) > before:
+            self._same_step_s = 0.0
+
     def _say_alive(self, step: int | None = None) -> None:
         if step is not None:
-            self._steps[self.process_id] = step
-        message = {"steps": self._steps} if self.is_first else {"step": self._steps[self.process_id]}
+            self._finished(self.process_id, step)
+        mine = {"step": self._steps[self.process_id], "at": self._stages[self.process_id]}
+        message = {"steps": self._steps} if self.is_first else mine
         for channel in self._channels.values():
             channel.send(message)
 

@@ -183,14 +183,17 @@ def validation_metrics(
 class Timer:
     """Wall-clock seconds by stage: `with timer("gen"): ...`. A stage that is entered again adds up.
 
-    Devices run behind the host: what is timed must fetch a result, or it times the dispatch.
+    Devices run behind the host: what is timed must fetch a result, or it times the dispatch. `begins` hears of every
+    stage that begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begins: Callable[[str], None] = lambda stage: None) -> None:
         self.seconds: dict[str, float] = {}
+        self._begins = begins
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        self._begins(stage)
         start = time.perf_counter()
         try:
             yield

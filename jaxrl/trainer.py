@@ -127,7 +127,7 @@ class Trainer:
         self.turns = self._make_turns()
         self.collector = Collector(
             c, self.engine.generate if self.turns is None else self.turns.generate, self.scorer, self.loader,
-            self.tokenizer, stop_ids=self.stop_ids, needs_baselines=self.needs_baselines,
+            self.tokenizer, stop_ids=self.stop_ids, needs_baselines=self.needs_baselines, begins=self.link.at,
         )  # fmt: skip
         self.ahead = Ahead(self.collector.collect, ahead=c.trainer.trainer_mode == "one_step_off", last=self.steps)
         if waiting is not None:
@@ -345,7 +345,7 @@ class Trainer:
             config_module.save(c, self.folder / "config.yaml")
         run = Run(self.folder, c.trainer.project_name, c.trainer.experiment_name, config_module.to_dict(c),
                   c.trainer.total_epochs, self.steps, first + 1 if first else 0)  # fmt: skip
-        values, step, stop, saving = {}, first, False, Timer()
+        values, step, stop, saving = {}, first, False, Timer(self.link.at)
         shown = self.link.is_first
         with ExitStack() as ends:
             ends.enter_context(closing(self.checkpoints))
@@ -363,7 +363,7 @@ class Trainer:
             for step in range(first + 1, self.steps + 1):
                 values = self.step(step, samples, progress) | saving.metrics()  # of the save after the step before
                 metrics.log(step, values)
-                saving = Timer()
+                saving = Timer(self.link.at)
                 stop = any(self.link.gather("whether SIGTERM came", sigterm.noticed)) and step < self.steps
                 # After the log: a run that goes on from this checkpoint has the step in its files.
                 if stop or c.trainer.save_freq > 0 and (step == self.steps or step % c.trainer.save_freq == 0):
@@ -385,7 +385,7 @@ class Trainer:
 
     def step(self, step: int, samples: Samples, progress: Progress) -> dict[str, float]:
         """One RL step: from the next prompts to new weights in the engine, and a validation when it is due."""
-        c, timer, compiled = self.config, Timer(), self.compiles.count
+        c, timer, compiled = self.config, Timer(self.link.at), self.compiles.count
         is_last = step == self.steps
         with timer("step"):
             e = self.ahead.take(step, progress, timer.seconds)

@@ -268,6 +268,39 @@ def test_a_dead_process_is_news_to_all_others_with_its_name_and_last_step(signum
             process.communicate()
 
 
+HANGS = """
+import sys, time
+from jaxrl.cluster import Place
+from jaxrl.link import Link
+place, hanging = Place(sys.argv[1], 3, int(sys.argv[2])), int(sys.argv[3])
+with Link(place, heartbeat_timeout_s=5, step_timeout_s=3, start_timeout_s=30) as link:
+    for step in range(1, 4):  # each shorter than the limit, together longer
+        time.sleep(1.5)
+        link.finished(step)
+    link.at("reward")
+    if link.process_id != hanging:
+        time.sleep(1)
+        link.at("update_actor")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("hanging", [0, 2])
+def test_a_process_that_hangs_while_it_lives_is_named_with_what_it_was_at(hanging):
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", HANGS, address, str(i), str(hanging)], stderr=subprocess.PIPE, text=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)})
+        for i in range(3)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=40)[1] for process in processes]
+    for i, (process, errors) in enumerate(zip(processes, said, strict=True)):
+        assert process.returncode == PEER_LOST
+        name = f"process {hanging} (host {socket.gethostname()}, pid {processes[hanging].pid})"
+        if i != hanging or i == 0:
+            assert f"error: {name} has been at 'reward' for" in errors and "the last step it finished was 3" in errors
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_process_is_told_to_the_others(failing):
     processes = members(3, failing)

@@ -63,7 +63,8 @@ RANGES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "critic": {POSITIVE: ("ppo_epochs", "ppo_max_token_len_per_gpu", "num_layers", "cliprange_value")},
     "trainer": {
-        POSITIVE: ("total_epochs", "total_training_steps", "row_length", "start_timeout_s", "heartbeat_timeout_s"),
+        POSITIVE: ("total_epochs", "total_training_steps", "row_length", "start_timeout_s", "heartbeat_timeout_s",
+                   "step_timeout_s"),
         NOT_NEGATIVE: ("critic_warmup",),
     },
 }  # fmt: skip

@@ -36,6 +36,7 @@ MAY_CHANGE = {
     "trainer.run_dir",
     "trainer.start_timeout_s",
     "trainer.heartbeat_timeout_s",
+    "trainer.step_timeout_s",
     "rollout.max_num_seqs",
     "rollout.max_probs_diff",
     "rollout.tensor_model_parallel_size",

@@ -275,6 +275,9 @@ class TrainerSection:
     seed: int = 1
     start_timeout_s: float = 300.0  # for so long processes wait for each other at the start
     heartbeat_timeout_s: float = 100.0  # a process that is silent for so long is dead, and the others end
+    step_timeout_s: float | None = (
+        7200.0  # of several processes: no step finished for so long, and all end; None: no limit
+    )
     logger: tuple[str, ...] = ("console", "jsonl")
 
 
