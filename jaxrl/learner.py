@@ -22,7 +22,7 @@ from .config import Config
 from .metrics import Timer, data_metrics, gap_metrics
 from .packing import Layout, Sequences, max_micro_batches, pack
 from .parallel import num_row_shards
-from .prepare import Inputs, Preparation, Prepared, make_prepare
+from .prepare import Inputs, Prepared, make_prepare
 from .rewards import Score
 from .roles import Roles
 
@@ -34,7 +34,7 @@ class Learner:
 
     def __init__(self, config: Config, roles: Roles):
         self.config, self.roles = config, roles
-        self.prepare = make_prepare(preparation_of(config))
+        self.prepare = make_prepare(config.algorithm)
         self.kl_coef = config.algorithm.kl_ctrl.kl_coef
 
     def step(
@@ -168,18 +168,6 @@ def micro_batches_of(c: Config, mesh: Mesh, num_sequences: int, max_tokens: int)
     most_rows = num_row_shards(mesh) * max_micro_batches(num_sequences, longest, c.row_length, num_row_shards(mesh))
     rows = min(rows_of(c, mesh, max_tokens), most_rows)
     return max_micro_batches(num_sequences, longest, c.row_length, rows), rows, c.row_length
-
-
-def preparation_of(c: Config) -> Preparation:
-    a, correction = c.algorithm, c.algorithm.rollout_correction
-    return Preparation(
-        adv_estimator=a.adv_estimator, gamma=a.gamma, lam=a.lam, norm_adv_by_std_in_grpo=a.norm_adv_by_std_in_grpo,
-        use_kl_in_reward=a.use_kl_in_reward, kl_penalty=a.kl_penalty, kl_ctrl_type=a.kl_ctrl.type,
-        horizon=a.kl_ctrl.horizon, target_kl=a.kl_ctrl.target_kl, rollout_is=correction.rollout_is,
-        rollout_is_threshold=correction.rollout_is_threshold,
-        rollout_is_batch_normalize=correction.rollout_is_batch_normalize, rollout_rs=correction.rollout_rs,
-        rollout_rs_threshold=correction.rollout_rs_threshold, bypass_mode=correction.bypass_mode,
-    )  # fmt: skip
 
 
 def _padded(rows: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

@@ -7,7 +7,6 @@ program on [B, T] arrays of the whole step, before packing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,6 @@ from jaxtyping import Bool, Float, Int
 from .algorithms.advantages import ADVANTAGES, place_scores
 from .algorithms.choose import bind, choose
 from .algorithms.correction import (
-    IMPORTANCE_LEVELS,
     importance_weights,
     mismatch_metrics,
     parse_band,
@@ -26,45 +24,22 @@ from .algorithms.correction import (
     rejection_mask,
 )
 from .algorithms.kl import KL_CONTROLLERS, KL_ESTIMATORS, mean_kl, penalise_rewards
+from .config import Algorithm
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """The choices of this stage (verl's names); names and thresholds are looked at when it is made."""
-
-    adv_estimator: str = "gae"
-    gamma: float = 1.0
-    lam: float = 1.0
-    norm_adv_by_std_in_grpo: bool = True
-    use_kl_in_reward: bool = False
-    kl_penalty: str = "kl"
-    kl_ctrl_type: str = "fixed"
-    horizon: int = 10_000
-    target_kl: float = 0.1
-    rollout_is: str | None = None
-    rollout_is_threshold: float | str = 2.0
-    rollout_is_batch_normalize: bool = False
-    rollout_rs: str | None = None
-    rollout_rs_threshold: float | str | None = None
-    bypass_mode: bool = False
-
-    def __post_init__(self) -> None:
-        choose(ADVANTAGES, self.adv_estimator, "algorithm.adv_estimator")
-        choose(KL_ESTIMATORS, self.kl_penalty, "algorithm.kl_penalty")
-        choose(KL_CONTROLLERS, self.kl_ctrl_type, "algorithm.kl_ctrl.type")
-        key = "algorithm.rollout_correction"
-        if self.rollout_is not in (None, *IMPORTANCE_LEVELS):
-            known = ", ".join(IMPORTANCE_LEVELS)
-            raise ValueError(f"{key}.rollout_is is {self.rollout_is!r} and must be None or one of {known}")
-        if (self.rollout_rs is None) != (self.rollout_rs_threshold is None):
-            raise ValueError(f"{key}.rollout_rs and rollout_rs_threshold belong together: set both or neither")
-        try:
-            if self.rollout_is is not None:
-                parse_band(self.rollout_is_threshold)
-            if self.rollout_rs is not None and self.rollout_rs_threshold is not None:
-                parse_rejection(self.rollout_rs, self.rollout_rs_threshold)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+def check_algorithm(a: Algorithm) -> None:
+    """Raises ValueError for a name or a threshold of the section `algorithm` that is not known here."""
+    choose(ADVANTAGES, a.adv_estimator, "algorithm.adv_estimator", takes=("rewards", "mask"))
+    choose(KL_ESTIMATORS, a.kl_penalty, "algorithm.kl_penalty", takes=("logprobs", "ref_logprobs"))
+    choose(KL_CONTROLLERS, a.kl_ctrl.type, "algorithm.kl_ctrl.type")
+    correction = a.rollout_correction
+    try:
+        if correction.rollout_is is not None:
+            parse_band(correction.rollout_is_threshold)
+        if correction.rollout_rs is not None:
+            parse_rejection(correction.rollout_rs, correction.rollout_rs_threshold)
+    except ValueError as error:
+        raise ValueError(f"algorithm.rollout_correction: {error}") from None
 
 
 class Inputs(NamedTuple):
@@ -93,9 +68,10 @@ class Prepared(NamedTuple):
     kl_coef: Float[Any, ""]  # for the next step
 
 
-def make_prepare(p: Preparation) -> Callable[[Inputs], tuple[Prepared, dict[str, float]]]:
-    """The compiled stage: host arrays in, host arrays and metrics out."""
-    program = jax.jit(lambda inputs: _prepare(p, inputs))
+def make_prepare(a: Algorithm) -> Callable[[Inputs], tuple[Prepared, dict[str, float]]]:
+    """The compiled stage: host arrays in, host arrays and metrics out. Raises ValueError as `check_algorithm` does."""
+    check_algorithm(a)
+    program = jax.jit(lambda inputs: _prepare(a, inputs))
 
     def prepare(inputs: Inputs) -> tuple[Prepared, dict[str, float]]:
         prepared, metrics = jax.device_get(program(jax.tree.map(np.asarray, inputs)))
@@ -104,35 +80,39 @@ def make_prepare(p: Preparation) -> Callable[[Inputs], tuple[Prepared, dict[str,
     return prepare
 
 
-def _prepare(p: Preparation, x: Inputs) -> tuple[Prepared, dict[str, Any]]:
+def _prepare(a: Algorithm, x: Inputs) -> tuple[Prepared, dict[str, Any]]:
     metrics: dict[str, Any] = {}
+    correction = a.rollout_correction
     rewards, kl_coef = place_scores(x.scores, x.mask), x.kl_coef
-    if p.use_kl_in_reward:
+    if a.use_kl_in_reward:
         assert x.ref_logprobs is not None
         # Between whole distributions: two truncated ones may have no token in common.
         whole = x.old_logprobs if x.log_kept is None else x.old_logprobs + x.log_kept
-        kl = choose(KL_ESTIMATORS, p.kl_penalty, "algorithm.kl_penalty")(whole, x.ref_logprobs)
+        kl = choose(KL_ESTIMATORS, a.kl_penalty, "algorithm.kl_penalty")(whole, x.ref_logprobs)
         rewards = penalise_rewards(rewards, kl, x.mask, coef=kl_coef)
         current = mean_kl(kl, x.mask)
         metrics |= {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": kl_coef}
-        control = choose(KL_CONTROLLERS, p.kl_ctrl_type, "algorithm.kl_ctrl.type")
-        control = bind(control, num_sequences=x.mask.shape[0], target_kl=p.target_kl, horizon=p.horizon)
+        control = choose(KL_CONTROLLERS, a.kl_ctrl.type, "algorithm.kl_ctrl.type")
+        control = bind(control, num_sequences=x.mask.shape[0], target_kl=a.kl_ctrl.target_kl, horizon=a.kl_ctrl.horizon)
         kl_coef = jnp.asarray(control(kl_coef, current), jnp.float32)
     rewards_sum = rewards.sum(axis=1)
 
     mask, weights = x.mask, jnp.ones(x.mask.shape, jnp.float32)
-    if not p.bypass_mode:  # with bypass the two are the same numbers
+    if not correction.bypass_mode:  # with bypass the two are the same numbers
         metrics |= mismatch_metrics(x.old_logprobs, x.rollout_logprobs, mask)
-    if p.rollout_is and not p.bypass_mode:
+    if correction.rollout_is and not correction.bypass_mode:
         weights, more = importance_weights(
-            x.old_logprobs, x.rollout_logprobs, mask, level=p.rollout_is, threshold=p.rollout_is_threshold,
-            batch_normalize=p.rollout_is_batch_normalize,
+            x.old_logprobs, x.rollout_logprobs, mask, level=correction.rollout_is, threshold=correction.rollout_is_threshold,
+            batch_normalize=correction.rollout_is_batch_normalize,
         )  # fmt: skip
         metrics |= more
-    if p.rollout_rs and not p.bypass_mode:
-        assert p.rollout_rs_threshold is not None
+    if correction.rollout_rs and not correction.bypass_mode:
         mask, more = rejection_mask(
-            x.old_logprobs, x.rollout_logprobs, mask, criteria=p.rollout_rs, thresholds=p.rollout_rs_threshold
+            x.old_logprobs,
+            x.rollout_logprobs,
+            mask,
+            criteria=correction.rollout_rs,
+            thresholds=correction.rollout_rs_threshold,
         )
         metrics |= more
 
@@ -140,9 +120,9 @@ def _prepare(p: Preparation, x: Inputs) -> tuple[Prepared, dict[str, Any]]:
         rewards = rewards + place_scores(x.scores, mask) - place_scores(x.scores, x.mask)
 
     estimate = bind(
-        choose(ADVANTAGES, p.adv_estimator, "algorithm.adv_estimator"),
-        group=x.group, values=x.values, baselines=x.baselines, gamma=p.gamma, lam=p.lam,
-        norm_by_std=p.norm_adv_by_std_in_grpo,
+        choose(ADVANTAGES, a.adv_estimator, "algorithm.adv_estimator"),
+        group=x.group, values=x.values, baselines=x.baselines, gamma=a.gamma, lam=a.lam,
+        norm_by_std=a.norm_adv_by_std_in_grpo,
     )  # fmt: skip
     advantages, returns = estimate(rewards, mask)
     advantages, returns = (jnp.where(mask, y, 0.0).astype(jnp.float32) for y in (advantages, returns))

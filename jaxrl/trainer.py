@@ -30,7 +30,7 @@ from .config import Config
 from .data import PromptDataset, PromptLoader, Truncation
 from .distributed import check_same
 from .doctor import NUM_PROMPTS, Doctor
-from .learner import Learner, preparation_of, rows_of
+from .learner import Learner, rows_of
 from .link import Link
 from .loggers import Metrics, Run, Samples, check_logger, process_log
 from .metrics import (
@@ -45,6 +45,7 @@ from .metrics import (
 from .models.flops import update_flops
 from .parallel import generation_mesh, make_mesh, put_replicated
 from .plan.check import check_fits
+from .prepare import check_algorithm
 from .progress import Progress, plot_rewards
 from .reward_model import RewardModel
 from .rewards import Score, Scorer, make_scorer
@@ -190,7 +191,7 @@ class Trainer:
         choose(AGGREGATIONS, c.actor.loss_agg_mode, "actor.loss_agg_mode")
         choose(AGGREGATIONS, c.critic_loss_agg_mode, "critic.loss_agg_mode")
         policy_loss(c)
-        preparation_of(c)  # both raise where a name is not known
+        check_algorithm(c.algorithm)  # both raise where a name is not known
         for name in c.trainer.logger:
             check_logger(name)
         for settings in (c.rollout, c.rollout.val_kwargs):

@@ -11,7 +11,8 @@ from jaxrl.algorithms.advantages import ADVANTAGES
 from jaxrl.algorithms.choose import bind, choose
 from jaxrl.algorithms.kl import KL_ESTIMATORS
 from jaxrl.algorithms.losses import POLICY_LOSSES
-from jaxrl.prepare import Inputs, Preparation, make_prepare
+from jaxrl.config import Algorithm
+from jaxrl.prepare import Inputs, make_prepare
 from jaxrl.user_code import import_function, is_user_function
 
 
@@ -86,7 +87,7 @@ MINE = """
 
 
 def test_a_users_advantage_function_is_used_by_the_stage(write):
-    p = Preparation(adv_estimator=f"{write(MINE)}:sign", use_kl_in_reward=True, kl_penalty=f"{write(MINE)}:squared")
+    p = Algorithm(adv_estimator=f"{write(MINE)}:sign", use_kl_in_reward=True, kl_penalty=f"{write(MINE)}:squared")
     mask = np.array([[1, 1], [1, 0]], bool)
     logprobs = np.full((2, 2), -1.0, np.float32)
     prepared, metrics = make_prepare(p)(Inputs(
