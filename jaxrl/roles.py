@@ -75,7 +75,8 @@ class Roles:
     def _describe_actor(self, c: Config, steps: int) -> None:
         self.model = dataclasses.replace(actor_config(c.model, self.source), max_length=c.max_length)
         self.actor_optimizer = optimizer_of(c.actor.optim)
-        self.policy = Policy(self.mesh, self.model, self.actor_optimizer, policy_loss(c))
+        compression = compression_of(c.actor.optim)
+        self.policy = Policy(self.mesh, self.model, self.actor_optimizer, policy_loss(c), compression)
         self.actor_lr = schedule_of(c.actor.optim, steps)
         trained_as = "float32" if self.model.lora_rank else c.actor.param_dtype
         abstract = abstract_variables(self.mesh, self.model, "lm", trained_as)
@@ -87,7 +88,6 @@ class Roles:
             abstract = {**abstract, "params": waiting(abstract["params"])}
         self.actor_abstract = abstract
         self.actor_state = abstract_train_state(self.actor_optimizer, abstract, c.actor.offload, c.actor.optim)
-        self.policy.compression = compression_of(c.actor.optim)
 
     def _describe_ref(self, c: Config, find: Callable[[str], Pretrained]) -> None:
         self.ref_policy = self.policy
@@ -130,7 +130,9 @@ class Roles:
             score_bias=True, module=c.critic.head.module, max_length=c.max_length, **layers,
         )  # fmt: skip
         self.critic_optimizer = optimizer_of(c.critic.optim)
-        self.critic = Critic(self.critic_mesh, config, self.critic_optimizer, c.critic.cliprange_value)
+        self.critic = Critic(
+            self.critic_mesh, config, self.critic_optimizer, c.critic.cliprange_value, compression_of(c.critic.optim)
+        )
         self.critic_lr = schedule_of(c.critic.optim, steps)
         self.critic_weights = abstract_variables(self.critic_mesh, config, "score", c.critic.param_dtype)
         if "params" in c.critic.offload:
@@ -138,7 +140,6 @@ class Roles:
         self.critic_abstract = abstract_train_state(
             self.critic_optimizer, self.critic_weights, c.critic.offload, c.critic.optim
         )
-        self.critic.compression = compression_of(c.critic.optim)
 
     def load(self, *, resumed: bool) -> None:
         """The weights of every role, from the checkpoints of their paths; with `resumed`, not of what is trained."""

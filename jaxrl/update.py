@@ -105,6 +105,9 @@ class Compression(NamedTuple):
     kept: float = 0.01
 
 
+NO_COMPRESSION = Compression()
+
+
 def _micro(tree: Tree, i: Array) -> Tree:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
@@ -146,9 +149,10 @@ class Programs:
 
     Targets: type  # what its loss needs at each target
 
-    def __init__(self, mesh: jax.sharding.Mesh, config: ModelConfig, optimizer: Optimizer | None):
-        self.mesh, self.config, self.optimizer = mesh, config, optimizer
-        self.compression = Compression()
+    def __init__(
+        self, mesh: jax.sharding.Mesh, config: ModelConfig, optimizer: Optimizer | None, compression: Compression
+    ):
+        self.mesh, self.config, self.optimizer, self.compression = mesh, config, optimizer, compression
         self._compiled_step: Program | None = None
 
     def jit(self, function: Callable, **kwargs: Any) -> Program:
@@ -183,9 +187,11 @@ class Programs:
         """One optimizer update, in place of a state of these shapes and shardings."""
         if self._compiled_step is None:
             shardings = jax.tree.map(lambda x: x.sharding, state)  # comes back as it came, so that it compiles once
-            if self.compression.method != "none":
-                self._specs = jax.tree.map(lambda x: x.sharding.spec, state.trained)
-            self._compiled_step = self.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
+            is_compressed = self.compression.method != "none"
+            specs = jax.tree.map(lambda x: x.spec, shardings.trained) if is_compressed else None
+            self._compiled_step = self.jit(
+                partial(self._step, specs), donate_argnums=0, out_shardings=(shardings, None)
+            )
         return self._compiled_step
 
     def lower_step(self, state: TrainState, frozen: Tree, shape: tuple[int, int, int]) -> jax.stages.Lowered:
@@ -204,7 +210,7 @@ class Programs:
         inputs = self.put(layout, targets)
         return self.step_program(state)(state, frozen, *inputs, put_replicated(self.mesh, np.float32(lr)))
 
-    def _step(self, state: TrainState, frozen, rows, targets, num_slots, num_micro, lr):
+    def _step(self, specs: Tree, state: TrainState, frozen, rows, targets, num_slots, num_micro, lr):
         trained = to_device(state.trained)  # whole: their gradients would else be added up in host memory
         compute, residual = partial(accumulate, self._token_losses), state.residual
         if self.compression.method == "none" or self.mesh.shape["data"] == 1:
@@ -213,7 +219,7 @@ class Programs:
             by_replica = of_each_replica(self.mesh, compute)
             grads, measured = by_replica(trained, frozen, rows, targets, num_slots, num_micro)
             grads, residual = sum_over_replicas(
-                self.mesh, self.compression.method, grads, self._specs, residual, kept=self.compression.kept
+                self.mesh, self.compression.method, grads, specs, residual, kept=self.compression.kept
             )
         assert self.optimizer is not None, "a role without an optimizer takes no steps"
         with jax.named_scope("optimizer"):
@@ -233,8 +239,11 @@ class Policy(Programs):
 
     Targets = PolicyTargets
 
-    def __init__(self, mesh, config: ModelConfig, optimizer: Optimizer | None, loss: PolicyLoss):
-        super().__init__(mesh, config, optimizer)
+    def __init__(
+        self, mesh, config: ModelConfig, optimizer: Optimizer | None, loss: PolicyLoss,
+        compression: Compression = NO_COMPRESSION,
+    ):  # fmt: skip
+        super().__init__(mesh, config, optimizer, compression)
         self.loss = loss
         self._logprobs = {truncates: self.jit(partial(self._all_logprobs, truncates)) for truncates in (False, True)}
 
@@ -297,8 +306,11 @@ class Critic(Programs):
 
     Targets = ValueTargets
 
-    def __init__(self, mesh, config: ModelConfig, optimizer: Optimizer | None, cliprange_value: float):
-        super().__init__(mesh, config, optimizer)
+    def __init__(
+        self, mesh, config: ModelConfig, optimizer: Optimizer | None, cliprange_value: float,
+        compression: Compression = NO_COMPRESSION,
+    ):  # fmt: skip
+        super().__init__(mesh, config, optimizer, compression)
         self.cliprange_value = cliprange_value
         self._values = self.jit(self._all_values)
 

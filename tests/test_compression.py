@@ -16,8 +16,7 @@ quick_compiles = step.quick_compiles
 def train(method: str, steps: int, shape=(4, 2, 1), kept: float = 0.1):
     """The losses of some steps on one batch, the last state, and the bytes that a device sends along `data` in a step."""
     mesh, optim = make_mesh(*shape), Optim(grad_compression=method, grad_topk=kept)
-    programs, targets = step.role(mesh, "lm")
-    programs.compression = compression_of(optim)
+    programs, targets = step.role(mesh, "lm", compression_of(optim))
     params = step.load(mesh, "lm")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
     wanted = abstract_train_state(programs.optimizer, {"params": abstract}, (), optim)
@@ -38,8 +37,7 @@ def whole():
 
 def test_an_update_that_was_not_finite_leaves_nothing_to_send_later():
     mesh, optim = make_mesh(4, 2, 1), Optim(grad_compression="topk", grad_topk=0.1)
-    programs, targets = step.role(mesh, "lm")
-    programs.compression = compression_of(optim)
+    programs, targets = step.role(mesh, "lm", compression_of(optim))
     params = step.load(mesh, "lm")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
     wanted = abstract_train_state(programs.optimizer, {"params": abstract}, (), optim)

@@ -18,7 +18,7 @@ from jaxrl.models.logprobs import target_logprobs
 from jaxrl.optimizer import abstract_state, make_optimizer
 from jaxrl.packing import Layout, Sequences, pack
 from jaxrl.parallel import make_mesh, num_row_shards, partition, put_rows, use_mesh, with_shardings
-from jaxrl.update import Critic, Policy, PolicyLoss, TrainState
+from jaxrl.update import NO_COMPRESSION, Compression, Critic, Policy, PolicyLoss, TrainState
 from jaxrl.weights.load import load_hf_config, load_params
 
 QWEN3 = Path(__file__).parent / "data" / "hf_torch" / "qwen3"  # D 32, F 40, N 4, K 2, H 16, V 80, two layers
@@ -172,14 +172,14 @@ def reference(head: str) -> Reference:
     return Reference(per_token, losses, norm, gradient, stepped)
 
 
-def role(mesh, head: str):
+def role(mesh, head: str, compression: Compression = NO_COMPRESSION):
     optimizer = make_optimizer(weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD, eps=EPS)
     if head == "score":
         return Critic(mesh, model("score"), optimizer, cliprange_value=VALUE_CLIP), targets_of(ValueTargets, mesh)
     loss = PolicyLoss(
         clip_low=CLIP, clip_high=CLIP, clip_c=DUAL_CLIP, entropy_coeff=ENTROPY_COEFF, kl_loss_coef=KL_COEF
     )
-    return Policy(mesh, model("lm"), optimizer, loss), targets_of(PolicyTargets, mesh)
+    return Policy(mesh, model("lm"), optimizer, loss, compression), targets_of(PolicyTargets, mesh)
 
 
 def assert_trees_close(got, expected, *, rtol: float, atol: float) -> None:
