@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -155,29 +155,38 @@ def validation_metrics(
     samples_of: dict[tuple[str, Hashable], list[int]] = defaultdict(list)
     for i, key in enumerate(zip(data_sources, prompt_ids, strict=True)):
         samples_of[key].append(i)
-    collected: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
+    answers = extra.get("pred")
+    columns = {name: x for name, x in extra.items() if name != "pred"} | {"reward": scores}
+    of_prompts: dict[tuple[str, str], dict[_Metric, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (source, _), samples in samples_of.items():
-        for variable, column in {**extra, "reward": scores}.items():
-            measured = [i for i in samples if column[i] is not None]
-            if not measured or isinstance(column[measured[0]], str):
-                continue
-            values = np.asarray([column[i] for i in measured], np.float64)
-            answers = [extra["pred"][i] for i in measured] if "pred" in extra else None
-            for metric, value in _metrics_of_a_prompt(values, answers, seed).items():
-                collected[source][variable][metric].append(value)
+        for variable, column in columns.items():
+            if measured := [i for i in samples if column[i] is not None]:
+                values = np.asarray([column[i] for i in measured], np.float64)
+                votes = None if answers is None else [answers[i] for i in measured]
+                for metric, value in _metrics_of_a_prompt(values, votes, seed).items():
+                    of_prompts[source, variable][metric].append(value)
 
     result = {}
-    for source, variables in collected.items():
-        core = "acc" if "acc" in variables else "reward"
-        for variable, metrics in variables.items():
-            k_max = max(_k(metric) for metric in metrics)
-            for metric, values in metrics.items():
-                is_core = variable == core and _k(metric) == k_max and metric.startswith(("mean", "best", "maj"))
-                section = "val-core" if is_core else "val-aux"
-                result[f"{section}/{source}/{variable}/{metric}"] = float(np.mean(values))
+    for (source, variable), metrics in of_prompts.items():
+        core = "acc" if (source, "acc") in of_prompts else "reward"
+        most = max(metric.n for metric in metrics)
+        for metric, values in metrics.items():
+            is_core = variable == core and metric.n == most and metric.kind in ("mean", "best", "maj")
+            section = "val-core" if is_core else "val-aux"
+            result[f"{section}/{source}/{variable}/{metric.name}"] = float(np.mean(values))
     return result
+
+
+class _Metric(NamedTuple):
+    """Of the samples of a prompt: `mean@4`, `best@2/std`."""
+
+    kind: str
+    n: int
+    statistic: str | None = None  # of many draws of n
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}@{self.n}" + (f"/{self.statistic}" if self.statistic else "")
 
 
 class Timer:
@@ -228,20 +237,20 @@ def _mean_max_min(name: str, x: np.ndarray) -> dict[str, float]:
     }
 
 
-def _metrics_of_a_prompt(values: np.ndarray, answers: list[Any] | None, seed: int) -> dict[str, float]:
+def _metrics_of_a_prompt(values: np.ndarray, answers: list[Any] | None, seed: int) -> dict[_Metric, float]:
     k = len(values)
-    metrics = {f"mean@{k}": float(values.mean())}
+    metrics = {_Metric("mean", k): float(values.mean())}
     if k == 1:
         return metrics
-    metrics[f"std@{k}"] = float(values.std())
+    metrics[_Metric("std", k)] = float(values.std())
     for n in [*(2**i for i in range(1, k.bit_length()) if 2**i < k), k]:
         draws = _draws(k, n, seed)
         drawn = {"best": values[draws].max(axis=1), "worst": values[draws].min(axis=1)}
         if answers is not None:
             drawn["maj"] = _of_the_commonest(values, answers, draws)
-        for name, result in drawn.items():
-            metrics[f"{name}@{n}/mean"] = float(result.mean())
-            metrics[f"{name}@{n}/std"] = float(result.std())
+        for kind, result in drawn.items():
+            metrics[_Metric(kind, n, "mean")] = float(result.mean())
+            metrics[_Metric(kind, n, "std")] = float(result.std())
     return metrics
 
 
@@ -257,8 +266,3 @@ def _of_the_commonest(values: np.ndarray, answers: list[Any], draws: np.ndarray)
     codes = np.asarray([number_of.setdefault(answer, len(number_of)) for answer in answers])[draws]
     votes = (codes[:, :, None] == codes[:, None, :]).sum(axis=2)
     return values[draws[np.arange(len(draws)), votes.argmax(axis=1)]]
-
-
-def _k(metric: str) -> int:
-    """best@4/mean -> 4"""
-    return int(metric.split("@")[1].split("/")[0])
