@@ -69,6 +69,16 @@ def test_live_model_has_the_logits_of_torch():
     np.testing.assert_allclose(logits_of(jaxrl.from_hf(live), tokens), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "gpt-oss"])
+def test_live_mixture_of_experts_is_read_and_given_back(name):
+    """In memory transformers keeps the experts of a layer in one tensor, whatever a checkpoint does."""
+    live = transformers.AutoModelForCausalLM.from_pretrained(DATA / "hf_torch" / name, dtype=torch.float32)
+    loaded, expected = jaxrl.from_hf(live), np.load(DATA / "hf_torch" / name / "expected_logits.npz")
+    np.testing.assert_allclose(logits_of(loaded, expected["input_ids"]), expected["logits"], atol=2e-4)
+    ours, theirs = jaxrl.to_hf(loaded.params, loaded.config).state_dict(), live.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def test_folder_that_to_hf_writes_holds_the_same_tensors(tmp_path):
     model = jaxrl.from_hf(LLAMA)
     assert jaxrl.to_hf(model.params, model.config, tmp_path / "out") is None
