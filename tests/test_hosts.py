@@ -1,6 +1,7 @@
 """Runs of several real processes (gloo, on this machine): they equal a run of one, and the death of one is survived.
 
-Each run has four devices in a mesh of 1 x 2 x 2, divided among its processes. All runs here take the same steps.
+Each run is PPO with a critic on four devices in a mesh of 1 x 2 x 2, divided among its processes, and all take the same
+steps to the last bit: every sum over devices has two terms, whose order does not matter.
 """
 
 import json
@@ -74,8 +75,8 @@ def launch(settings, tmp_path):  # noqa: F811
 
     def start(name: str, num_processes: int) -> Launched:
         tree = settings(
-            name, data__val_files=None, algorithm__adv_estimator="grpo", trainer__total_training_steps=STEPS,
-            trainer__save_freq=1, trainer__heartbeat_timeout_s=6.0, trainer__max_ckpt_to_keep=2,
+            name, data__val_files=None, trainer__total_training_steps=STEPS, trainer__save_freq=1,
+            trainer__heartbeat_timeout_s=6.0, trainer__max_ckpt_to_keep=2, actor__use_kl_loss=True,
             mesh={"data": 1, "fsdp": 2, "tensor": 2},
         )  # fmt: skip
         (tmp_path / "reward.py").write_text(REWARD)
