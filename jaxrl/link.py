@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import socket
-import struct
 import sys
 import threading
 import time
@@ -25,12 +23,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from .cluster import Place
+from .wire import RETRY_S, Channel, pipe, when_it_listens
 
 PEER_LOST = 75  # exit code of a process that ends because of another one (EX_TEMPFAIL: try again)
 GRACE_S = 3.0  # an error may be the echo of another process's death: for so long we wait for the news of it
 _HELLO_TIMEOUT_S = 10.0
-_RETRY_S = 0.2
-_LENGTH = struct.Struct(">Q")
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +53,7 @@ class Link:
         self._steps = [0] * place.num_processes  # finished last, by each process
         self._stages: list[tuple[str, float]] = [("the start", 0.0)] * place.num_processes  # and for how many seconds
         self._same_step_s = 0.0  # since a step was finished by all
-        self._channels: dict[int, _Channel] = {}  # process 0: to all others; the others: to process 0
+        self._channels: dict[int, Channel] = {}  # process 0: to all others; the others: to process 0
         self._values: dict[int, asyncio.Queue[dict]] = {i: asyncio.Queue() for i in range(place.num_processes)}
         self._service_port = _free_port()  # of JAX's own coordinator, which listens to this host alone
         self._ended = False  # nothing is news any more
@@ -180,15 +177,15 @@ class Link:
 
     async def _listen(self, timeout_s: float) -> None:
         """Process 0: wait for all others, then introduce them to each other."""
-        arrivals: asyncio.Queue[tuple[dict, _Channel]] = asyncio.Queue()
+        arrivals: asyncio.Queue[tuple[dict, Channel]] = asyncio.Queue()
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            channel = _Channel(reader, writer)
+            channel = Channel(reader, writer)
             hello = None
             with contextlib.suppress(TimeoutError, ValueError):
                 hello = await asyncio.wait_for(channel.receive(), _HELLO_TIMEOUT_S)
             if hello == _RELAY:
-                await _pipe(channel, *await _when_it_listens(self._service_port, timeout_s))
+                await pipe(channel, *await when_it_listens(self._service_port, timeout_s))
             elif isinstance(hello, dict) and hello.keys() == {"process_id", "num_processes", *self._peers[0]}:
                 arrivals.put_nowait((hello, channel))
             else:  # not one of ours
@@ -248,8 +245,8 @@ class Link:
                         f"{self._place.coordinator} within {timeout_s:g} s ({_reason(error)}): does process 0 run there, "
                         "and is the port open to this host?"
                     ) from None
-                await asyncio.sleep(_RETRY_S)
-        channel = _Channel(reader, writer)
+                await asyncio.sleep(RETRY_S)
+        channel = Channel(reader, writer)
         channel.send({"process_id": self.process_id, "num_processes": self.num_processes, **self._peers[0]})
         try:  # process 0 waits as long, and may have begun later
             async with asyncio.timeout(timeout_s + _HELLO_TIMEOUT_S):
@@ -263,7 +260,7 @@ class Link:
         self._channels = {0: channel}
         self._spawn(self._hear(0, channel))
 
-    async def _hear(self, process_id: int, channel: _Channel) -> None:
+    async def _hear(self, process_id: int, channel: Channel) -> None:
         """Take in what a process says until it falls silent."""
         while (message := await channel.receive()) is not None:
             channel.quiet_s = 0.0
@@ -350,61 +347,16 @@ class Link:
 
     async def _open_relay(self) -> int:
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            upstream = _Channel(*await asyncio.open_connection(self._place.host, self._place.port))
+            upstream = Channel(*await asyncio.open_connection(self._place.host, self._place.port))
             upstream.send(_RELAY)
-            await _pipe(upstream, reader, writer)
+            await pipe(upstream, reader, writer)
 
         self._relay = await asyncio.start_server(accept, "127.0.0.1", 0)
         return self._relay.sockets[0].getsockname()[1]
 
 
-class _Channel:
-    """JSON messages over a stream, each with its length before it. `send` never waits."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self.reader, self.writer = reader, writer
-        self.quiet_s = 0.0  # since something was heard
-
-    def send(self, message: dict) -> None:
-        content = json.dumps(message).encode()
-        self.writer.write(_LENGTH.pack(len(content)) + content)
-
-    async def receive(self) -> dict | None:
-        """None when the other end is gone."""
-        try:
-            (length,) = _LENGTH.unpack(await self.reader.readexactly(_LENGTH.size))
-            return json.loads(await self.reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
-
-
 _RELAY = {"relay": True}
 _END = "the end of the run"
-
-
-async def _when_it_listens(port: int, timeout_s: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection to a port of this host. Another process may be here before the JAX of this one has begun to listen."""
-    async with asyncio.timeout(timeout_s):
-        while True:
-            try:
-                return await asyncio.open_connection("127.0.0.1", port)
-            except ConnectionRefusedError:
-                await asyncio.sleep(_RETRY_S)
-
-
-async def _pipe(channel: _Channel, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Bytes both ways. That `channel` has ended is not passed on: see `Link.relay`."""
-
-    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            while data := await source.read(2**16):
-                target.write(data)
-                await target.drain()
-
-    inwards = asyncio.create_task(copy(channel.reader, writer))
-    await copy(reader, channel.writer)
-    channel.writer.close()
-    await inwards
 
 
 def _refusal(hello: dict, known: dict[int, dict], num_processes: int) -> str | None:

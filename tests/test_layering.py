@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the ground up; a folder stands for all in it that has no line of its own. A new file is given its floor here.
 FLOORS = [
-    {"user_code", "host_memory", "offload", "preemption", "cluster", "link", "launching"},
+    {"user_code", "host_memory", "offload", "preemption", "cluster", "wire", "link", "launching"},
     {"config", "batch", "packing", "tasks", "progress", "algorithms", "rewards"},
     {"models", "parallel", "topology", "distributed", "sources", "data"},
     {"weights", "rollout", "optimizer", "compression", "checkpoint", "metrics", "loggers"},
@@ -58,9 +58,9 @@ COMPILES = {"update", "prepare", "roles", "rollout", "parallel"}
 
 # What a launcher, a sidecar or a dataset script imports; JAX would take seconds and the accelerator.
 WITHOUT_JAX = [
-    "cluster", "link", "launching", "config", "batch", "packing", "tasks", "progress", "user_code", "rewards", "sources",
-    "data", "rollout.engine", "rollout.protocol", "rollout.vllm_adapter", "rollout.vllm_server", "rollout.vllm_process",
-    "models.config", "weights.folder", "weights.hf_names", "weights.safetensors_writer", "weights.gguf",
+    "cluster", "wire", "link", "launching", "config", "batch", "packing", "tasks", "progress", "user_code", "rewards",
+    "sources", "data", "rollout.engine", "rollout.protocol", "rollout.vllm_adapter", "rollout.vllm_server",
+    "rollout.vllm_process", "models.config", "weights.folder", "weights.hf_names", "weights.safetensors_writer", "weights.gguf",
 ]  # fmt: skip
 
 
