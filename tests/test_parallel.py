@@ -22,7 +22,7 @@ from jaxrl.update import NO_COMPRESSION, Compression, Critic, Policy, PolicyLoss
 from jaxrl.weights.load import load_hf_config, load_params
 
 QWEN3 = Path(__file__).parent / "data" / "hf_torch" / "qwen3"  # D 32, F 40, N 4, K 2, H 16, V 80, two layers
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 2), (1, 1, 8), (2, 2, 2)]
 # The first step of Adam is the sign of the gradient, which rounding may turn where it is 0: a large epsilon smooths it.
 LR, EPS, WEIGHT_DECAY = 1e-2, 1e-2, 0.01
 CLIP_GRAD = 1.0
