@@ -13,11 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import abstract_params
+from jaxrl.models.families import FAMILIES
 from jaxrl.parallel import make_mesh, with_shardings
 from jaxrl.weights.export import export_hf, hf_tensors
 from jaxrl.weights.folder import both_spellings
-from jaxrl.weights.hf_names import flatten
+from jaxrl.weights.hf_names import flatten, score_module
+from jaxrl.weights.live import from_hf
 from jaxrl.weights.load import load_hf_config, load_params, open_checkpoint
+from jaxrl.weights.verify import verify_logits
 
 DATA = Path(__file__).parent / "data"
 FOLDERS = sorted(path.name for path in (DATA / "hf_torch").iterdir())
@@ -155,6 +158,55 @@ def test_critic_that_began_as_a_language_model_is_exported_as_token_classificati
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic")
     assert model.config.architectures == ["Qwen3ForTokenClassification"] and model.config.num_labels == 1
     assert model.score.weight.detach().numpy().tolist() == [[0.5] * 32] and model.score.bias.item() == 0.25
+
+
+FAMILY_FOLDERS = {  # one folder of each family
+    load_hf_config(folder)["model_type"]: folder
+    for folder in [*sorted((DATA / "hf_torch").iterdir()), *(DATA / "hf_flax" / name for name in FLAX)]
+}
+
+
+@pytest.mark.parametrize("kind", ["ForTokenClassification", "ForSequenceClassification"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_trained_head_of_each_family_arrives_in_transformers_or_comes_back_here(tmp_path, caplog, family, kind):
+    import transformers
+
+    source, has_bias = FAMILY_FOLDERS[family], kind == "ForTokenClassification"
+    config = ModelConfig.from_hf(load_hf_config(source), score_bias=has_bias)
+    target = abstract_params(config, "score")[0]["params"]
+    params = load_params(source, config, target, allow_missing={"score.kernel", "score.bias"})
+    head = np.linspace(-1, 1, config.table_size, dtype=np.float32)
+    params["score"] = {"kernel": head[:, None]} | ({"bias": np.array([0.25], np.float32)} if has_bias else {})
+    export_hf(params, config, tmp_path / "out", source_folder=source)
+    back, settings = from_hf(tmp_path / "out"), {"num_labels": 1, "score_bias": has_bias}
+    assert back.config == ModelConfig.from_hf(load_hf_config(source), **settings)
+    np.testing.assert_array_equal(back.params["score"]["kernel"][:, 0], head)
+
+    architectures = load_hf_config(tmp_path / "out")["architectures"]
+    has_class = any(name.startswith(FAMILIES[family].classes) and name.endswith(kind) for name in dir(transformers))
+    if family == "gemma3_text":  # whose token classifier is that of the model with a vision tower
+        has_class = kind == "ForSequenceClassification"
+    assert bool(architectures) == has_class
+    assert ("transformers has no class" in caplog.text) != has_class
+    if not has_class:
+        return
+    model, report = getattr(transformers, architectures[0]).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    theirs = model.get_submodule(score_module(config))
+    np.testing.assert_array_equal(theirs.weight.detach()[0], head)
+    assert not has_bias or theirs.bias.item() == 0.25
+    assert verify_logits(tmp_path / "out") is not None
+
+
+def test_a_critic_whose_head_has_the_name_of_other_families_is_read(tmp_path):
+    source = DATA / "heads" / "gpt2-seqcls-reward"
+    shutil.copytree(source, tmp_path / "old")
+    tensors = load_file(source / "model.safetensors") | {"score.bias": np.array([0.5], np.float32)}
+    save_file(tensors, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    round_trip(tmp_path / "old", tmp_path / "out", head="score", score_bias=True)
+    written = stored_tensors(tmp_path / "out")
+    assert written["classifier.bias"].item() == 0.5 and "score.weight" not in written
+    np.testing.assert_array_equal(written["classifier.weight"], tensors["score.weight"])
 
 
 def test_shards_are_bounded_and_their_index_is_complete(tmp_path):

@@ -116,6 +116,10 @@ def to_hf(
         (spec.name, np.ascontiguousarray(tensor.astype(spec.dtype, copy=False)))
         for spec, (_, tensor) in zip(specs, hf_tensors(params, config, lora=lora, packed=packed), strict=True)
     )
+    if out_dir is None and not hf_config["architectures"]:
+        raise ValueError(
+            f"transformers has no class for a {config.family} with this head: name out_dir, to have a folder that jaxrl reads"
+        )
     if out_dir is None:
         return _torch_model(hf_config, tensors, specs[0].dtype.name)
     write_model(Path(out_dir), hf_config, specs, tensors, source="jaxrl.to_hf", companions=lambda folder: None)

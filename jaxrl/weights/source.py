@@ -233,7 +233,8 @@ def which_head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], options: Op
     if options.head == "lm":
         return "lm", {}
     found = find_head(checkpoint, hf_config, path=options.head_path)
-    is_classifier = str((hf_config.get("architectures") or [""])[0]).endswith(_HEAD_CLASSES)
+    architectures = hf_config.get("architectures")
+    is_classifier = str((architectures or [""])[0]).endswith(_HEAD_CLASSES)
     if found is None:
         if options.head == "score" or is_classifier:
             raise ValueError(
@@ -241,6 +242,8 @@ def which_head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], options: Op
                 "name it by --head-path"
             )
         return "lm", {}
+    if not architectures and found.path in ("score", "classifier"):  # of a family that has no such class
+        is_classifier = True
     has_output = any(name.startswith(OUTPUTS) for name in checkpoint.tensors) or hf_config.get("tie_word_embeddings")
     if has_output and not is_classifier and options.head is None and options.head_path is None:
         raise ValueError(
