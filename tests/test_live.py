@@ -1,5 +1,6 @@
 """Models in memory: a torch model in, a torch model back, and a run from Python with live objects."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from safetensors.numpy import load_file
 
 import jaxrl
 from jaxrl.models.decoder import head_table, hidden_states, score
+from jaxrl.weights.convert import convert
 from jaxrl.weights.hf_names import flatten
+from jaxrl.weights.source import Options
 
 DATA = Path(__file__).parent / "data"
 LLAMA = DATA / "hf_torch" / "llama32-tied"
@@ -109,6 +112,58 @@ def test_live_reward_model_keeps_its_head():
     np.testing.assert_allclose(logits_of(loaded, tokens)[:, -1], expected, atol=2e-5)
     back = jaxrl.to_hf(loaded.params, loaded.config)
     assert type(back) is type(live) and torch.equal(back.score.weight, live.score.weight)
+
+
+@pytest.fixture(
+    params=[
+        ("base-llama", "SEQ_CLS"),
+        ("base-llama", "TOKEN_CLS"),
+        ("base-gpt2", "SEQ_CLS"),
+        ("base-gpt2", "TOKEN_CLS"),
+    ]
+)
+def peft_classifier(request):
+    """A classifier on a language model with LoRA, as PEFT makes it, with nothing at zero; and its logits at 2 x 7 tokens."""
+    peft = pytest.importorskip("peft")
+    base, task = request.param
+    kind = {"SEQ_CLS": "Sequence", "TOKEN_CLS": "Token"}[task]
+    auto = getattr(transformers, f"AutoModelFor{kind}Classification")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        auto.from_pretrained(DATA / "peft_lora" / base, num_labels=1),
+        peft.LoraConfig(task_type=task, r=4, target_modules=["c_attn"] if base == "base-gpt2" else ["q_proj", "v_proj"]),
+    )  # fmt: skip
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if tensor.requires_grad:
+                tensor.copy_(torch.randn(tensor.shape) * 0.3)
+        model.eval()
+        return model, model(torch.arange(1, 15).reshape(2, 7)).logits.numpy()
+
+
+def test_peft_classifier_is_read_live_from_its_folder_and_merged(tmp_path, peft_classifier):
+    model, expected = peft_classifier
+    model.save_pretrained(tmp_path / "adapter")
+    task = model.active_peft_config.task_type
+    merged_folder = tmp_path / "merged"
+    convert(str(tmp_path / "adapter"), merged_folder, options=Options(merge_lora=True), verify=True)
+    sources = [merged_folder]
+    if (
+        "gpt2" not in model.peft_config["default"].base_model_name_or_path
+    ):  # whose c_attn has one A for three of our matrices
+        sources += [model, tmp_path / "adapter"]
+    for source in sources:
+        loaded = jaxrl.from_hf(source)
+        assert (loaded.lora is None) == (source is merged_folder)
+        logits = logits_of(loaded, np.arange(1, 15).reshape(2, 7))
+        logits = logits[:, -1] if task == "SEQ_CLS" else logits
+        np.testing.assert_allclose(logits, expected, atol=2e-5)  # float32, another order of sums
+    architecture = json.loads((merged_folder / "config.json").read_text())["architectures"][0]
+    theirs, report = getattr(transformers, architecture).from_pretrained(merged_folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        logits = theirs(torch.arange(1, 15).reshape(2, 7)).logits
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
 def test_four_bit_folder_comes_packed():

@@ -1,7 +1,8 @@
 """The head of a reward model or critic: found under the names that people give it, exported under transformers' name.
 
-transformers' classification models call it `score` or `classifier`, TRL `v_head.summary`, OpenRLHF whatever `value_head_prefix` of
-`config.json` says. A head under another name is reported with its shape, to be named by `head.path`.
+transformers' classification models call it `score` or `classifier`, TRL `v_head.summary`, OpenRLHF whatever
+`value_head_prefix` of `config.json` says. A head under another name is reported with its shape, to be named by
+`head.path`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from .folder import write_json
 from .hf_names import axis_sizes, flatten, head_of, in_order, is_packed, rows, unflatten
 from .load import load_params
 from .packed import load_packed, packed_kernels
-from .peft import Adapter, adapter_from
+from .peft import Adapter, adapter_from, with_head_of
 from .peft_config import AdapterConfig
 from .peft_tree import load_lora, lora_settings
 from .pretrained import Pretrained, open_pretrained
@@ -68,8 +68,11 @@ def from_hf(
     bitsandbytes as `packed`. `dtype` is one for all numbers, by default each array has that of its tensor. `mesh` splits
     the arrays; without it they lie on one device.
     """
-    opened = open_model(source, adapter)
-    head, settings = which_head(opened.checkpoint, opened.hf_config, Options())
+    opened, options = open_model(source, adapter), Options()
+    if opened.adapter is not None:
+        checkpoint, rest = with_head_of(opened.checkpoint, opened.adapter)
+        opened, options = replace(opened, checkpoint=checkpoint, adapter=rest), Options(head=rest.config.head)
+    head, settings = which_head(opened.checkpoint, opened.hf_config, options)
     config = ModelConfig.from_hf(opened.hf_config, **settings)
     if opened.adapter is not None:
         config = replace(config, **lora_settings(opened.adapter, config))

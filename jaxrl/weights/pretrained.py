@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .bnb import dequantized_config
+from .bnb import dequantized, dequantized_config, packed_tensors
 from .folder import copy_companions, load_hf_config
 from .formats import open_checkpoint
 from .locate import fetch_model, resolve
-from .peft import Adapter, adapter_folder, base_path, is_adapter, open_adapter
+from .peft import Adapter, adapter_folder, base_path, is_adapter, merged, open_adapter
 from .stored import Checkpoint
 
 
@@ -51,6 +51,16 @@ def open_pretrained(name: str | Path, adapter: str | Path | None = None) -> Pret
     if not is_adapter(adapter_path):
         raise ValueError(f"{adapter} holds no adapter_config.json: name the folder of a PEFT adapter")
     return _of_folder(str(name), name, open_adapter(adapter_folder(adapter_path)))
+
+
+def with_adapter_merged(source: Pretrained) -> Pretrained:
+    """The model as a plain one: for a role that does not train its adapter alone. Weights in 4 bits become numbers."""
+    if source.adapter is None:
+        return source
+    packed = packed_tensors(source.checkpoint)
+    base = dequantized(source.checkpoint) if packed else source.checkpoint
+    checkpoint, hf_config = merged(base, source.adapter, source.hf_config)
+    return replace(source, checkpoint=checkpoint, hf_config=hf_config, adapter=None)
 
 
 def _of_folder(name: str, base: str | Path, adapter: Adapter | None) -> Pretrained:

@@ -105,6 +105,7 @@ def _merged_source(name: str, adapter: Adapter, options: Options) -> Source:
         checkpoint, hf_config = _unpacked(open_checkpoint(base), load_hf_config(base), options)
         companions = partial(copy_companions, base)
     checkpoint, hf_config = merged(checkpoint, adapter, hf_config)
+    options = replace(options, head=options.head or adapter.config.head)
     if (adapter.folder / "tokenizer.json").is_file():
         companions = partial(copy_companions, adapter.folder)
     return _fit(name, checkpoint, hf_config, options, companions)
