@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import ROWS, metrics_of, settings, share_of_a, tokenizer_of
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jaxrl
 from jaxrl.models.decoder import head_table, hidden_states, score
@@ -164,6 +164,66 @@ def test_peft_classifier_is_read_live_from_its_folder_and_merged(tmp_path, peft_
     with torch.no_grad():
         logits = theirs(torch.arange(1, 15).reshape(2, 7)).logits
     np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def seeing_model():
+    """A tiny Gemma 3 with a vision tower; sizes that its published files leave out are those of its class."""
+    text = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "sliding_window": 4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.copy_(torch.randn(tensor.shape) * 0.2)
+        tokens = torch.arange(5, 19).reshape(2, 7)
+        return model, {"model_type": "gemma3_text", **text}, tokens.numpy(), model(tokens).logits.numpy()
+
+
+@pytest.mark.parametrize("form", ["hub", "transformers 5", "live"])
+def test_a_gemma_that_sees_is_read_as_its_language_model(tmp_path, caplog, seeing_model, form):
+    model, text, tokens, expected = seeing_model
+    source = model
+    if form != "live":
+        source = tmp_path / "source"
+        model.save_pretrained(source)
+        settings = json.loads((source / "config.json").read_text()) | {"text_config": text, "eos_token_id": [1, 106]}
+        (source / "config.json").write_text(json.dumps(settings))
+    if form == "transformers 5":  # its names in memory
+        tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level("INFO", "jaxrl"):
+        loaded = jaxrl.from_hf(source)
+    count = sum("vision_tower" in name or "projector" in name for name in model.state_dict())
+    said = [record.message for record in caplog.records if "tensors of vision are left out" in record.message]
+    assert len(said) == 1 and f" {count} tensors" in said[0] and "the language model alone" in said[0]
+    assert loaded.config.family == "gemma3_text" and loaded.config.vocab_size == 262_208
+    np.testing.assert_allclose(logits_of(loaded, tokens), expected, atol=1e-4 * np.abs(expected).max())  # float32
+
+    jaxrl.to_hf(loaded.params, loaded.config, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["architectures"] == ["Gemma3ForCausalLM"] and "vision_config" not in written
+    assert written["num_attention_heads"] == 8 and (form == "live" or written["eos_token_id"] == [1, 106])
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            theirs(torch.from_numpy(tokens)).logits, expected, atol=1e-4 * np.abs(expected).max()
+        )
+
+
+def test_a_gemma_that_sees_is_converted_to_its_language_model(tmp_path, seeing_model):
+    seeing_model[0].save_pretrained(tmp_path / "source")
+    convert(str(tmp_path / "source"), tmp_path / "out", verify=True)
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert "model.embed_tokens.weight" in names and not any("vision" in name for name in names)
 
 
 def test_four_bit_folder_comes_packed():

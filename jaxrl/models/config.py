@@ -237,7 +237,7 @@ class ModelConfig:
         heads, hidden = get("num_attention_heads"), get("hidden_size")
         model = cls(
             family=name,
-            vocab_size=config["vocab_size"],
+            vocab_size=get("vocab_size"),
             hidden_size=hidden,
             intermediate_size=get("intermediate_size", 4 * hidden),
             num_layers=get("num_hidden_layers"),

@@ -67,7 +67,9 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "Gemma3",
         {**_GEMMA, "sliding_window": 4096, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
-         "rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "max_position_embeddings": 131_072},
+         "rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "max_position_embeddings": 131_072,
+         "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+         "num_attention_heads": 8, "num_key_value_heads": 4},
         {**_GEMMA2, "qk_norm": True}, _GEMMA_SPELLED,
         {"Gemma3ForSequenceClassification": "Gemma3TextForSequenceClassification"}, _NO_TOKEN_CLASS,
     ),
@@ -160,3 +162,6 @@ FAMILIES: dict[str, Family] = {
          "max_position_embeddings": "seq_length"},
     ),
 }  # fmt: skip
+
+# Models that see too -> the family of their language model, whose config stands in `text_config`.
+LANGUAGE_MODELS = {"gemma3": "gemma3_text"}

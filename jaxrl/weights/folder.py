@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..models.families import FAMILIES, LANGUAGE_MODELS
+
 _LIBC = ctypes.CDLL(None)
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag, of Linux
 
@@ -21,6 +23,23 @@ _OUTSIDE_LONGROPE = ("original_max_position_embeddings", "partial_rotary_factor"
 # Families with a rope for each kind of layer -> the bases that a file of transformers 4 leaves out: full attention, and
 # sliding attention (None: the same).
 _THETAS_BY_LAYER = {"gemma3_text": (1_000_000.0, 10_000.0), "olmo3": (10_000.0, None)}
+
+# What a nested config leaves out where it is the default, and what stands beside it and is true of it.
+_SIZES = (
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
+    *("head_dim", "max_position_embeddings"),
+)
+_OF_BOTH = (
+    *("architectures", "tie_word_embeddings", "quantization_config", "dtype", "torch_dtype", "value_head_prefix"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "num_labels", "id2label", "label2id", "transformers_version"),
+)
 
 # What stands beside the weights and is carried over unchanged by an export.
 COMPANIONS = (
@@ -41,7 +60,7 @@ COMPANIONS = (
 
 
 def load_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The `config.json` of a folder, as it stands there."""
+    """The `config.json` of a folder, as it stands there; of a model that sees too, that of its language model."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json: name a Hugging Face folder or a .gguf file")
@@ -51,7 +70,17 @@ def load_hf_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch the checkpoint again") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__} where an object is expected")
-    return config
+    return text_config(config)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the language model in a model that sees too, complete by itself; any other config as it is."""
+    family = LANGUAGE_MODELS.get(str(config.get("model_type")))
+    if family is None:
+        return dict(config)
+    sizes = {key: FAMILIES[family].defaults[key] for key in _SIZES if key in FAMILIES[family].defaults}
+    outside = {key: value for key, value in config.items() if key in _OF_BOTH}
+    return {**sizes, **(config.get("text_config") or {}), **outside, "model_type": family}
 
 
 def both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

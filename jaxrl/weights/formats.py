@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from .block_scaled import as_bfloat16
 from .flax_msgpack import is_flax_layout, open_msgpack, to_torch_layout
 from .orbax_folder import PARAMS, is_orbax, open_converted
+from .prefixes import language_model_of
 from .safetensors_writer import DTYPES
 from .stored import Checkpoint, StoredTensor
 from .torch_bin import LEGACY_MAGIC, open_torch_bin
@@ -66,22 +67,23 @@ def kind_of(path: Path) -> str:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open the weights of a folder, or of one file, and check that files, index and headers agree. Nothing is read.
 
-    Raises ValueError where a folder holds the model twice and the two differ.
+    Of a model that sees too, the tensors are those of its language model. Raises ValueError where a folder holds the
+    model twice and the two differ.
     """
     path = Path(path)
     if path.is_file():
-        return _open_files(path.parent, [path.name], None)
+        return language_model_of(_open_files(path.parent, [path.name], None))
     if is_orbax(path / PARAMS):
         return open_converted(path)
     found = [name for name in SOURCES for name in (f"{name}.index.json", name) if (path / name).is_file()]
     if not found:
-        return _open_files(path, [_only_file(path)], None)
+        return language_model_of(_open_files(path, [_only_file(path)], None))
     if len(found) > 1:  # of a repository that has several kinds, often one is fetched, and the index of another with it
         found = [name for name in found if not _is_index_alone(path / name)] or found
     opened = [_open_source(path / name) for name in found]
     for name, other in zip(found[1:], opened[1:], strict=True):
         _check_same_model(opened[0], other, found[0], name)
-    return opened[0]
+    return language_model_of(opened[0])
 
 
 def _open_source(path: Path) -> Checkpoint:

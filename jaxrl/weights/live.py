@@ -24,13 +24,14 @@ from ..parallel import make_mesh, with_shardings
 from .bnb import dequantized, dequantized_config
 from .export import config_for_head, hf_tensors
 from .fit import fitted
-from .folder import write_json
+from .folder import text_config, write_json
 from .hf_names import axis_sizes, flatten, head_of, in_order, is_packed, rows, unflatten
 from .load import load_params
 from .packed import load_packed, packed_kernels
 from .peft import Adapter, adapter_from, with_head_of
 from .peft_config import AdapterConfig
 from .peft_tree import load_lora, lora_settings
+from .prefixes import language_model_of
 from .pretrained import Pretrained, open_pretrained
 from .safetensors_writer import TensorSpec, dtype_named
 from .source import Options, which_head
@@ -182,8 +183,8 @@ def _open_torch(model: Any) -> Pretrained:
 
     return Pretrained(
         name=name,
-        checkpoint=_as_checkpoint(_state_dict(base), name),
-        hf_config=dequantized_config(json.loads(base.config.to_json_string(use_diff=False))),
+        checkpoint=language_model_of(_as_checkpoint(_state_dict(base), name)),
+        hf_config=dequantized_config(text_config(json.loads(base.config.to_json_string(use_diff=False)))),
         generation_config={} if generation is None else generation.to_dict(),
         write_companions=write_companions,
         tokenizer=None,
