@@ -226,6 +226,16 @@ def test_a_gemma_that_sees_is_converted_to_its_language_model(tmp_path, seeing_m
     assert "model.embed_tokens.weight" in names and not any("vision" in name for name in names)
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
+def test_experts_have_the_activation_of_the_config(name, activation):
+    live = transformers.AutoModelForCausalLM.from_pretrained(DATA / "hf_torch" / name, hidden_act=activation).eval()
+    tokens = np.arange(14).reshape(2, 7)
+    with torch.no_grad():
+        expected = live(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits_of(jaxrl.from_hf(live), tokens), expected, atol=2e-5)  # float32
+
+
 def test_four_bit_folder_comes_packed():
     model = jaxrl.from_hf(DATA / "bnb_nf4" / "llama-nf4-double")
     assert model.packed is not None and "mlp" not in model.params["layers"]
