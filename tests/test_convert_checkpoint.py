@@ -184,6 +184,19 @@ def test_language_model_with_a_value_head_is_not_guessed_at(tmp_path):
         convert(str(DATA / "heads" / "trl-valuehead-llama"), tmp_path / "out")
 
 
+def test_language_model_that_is_tied_by_default_is_not_taken_for_a_critic(tmp_path):
+    shutil.copytree(DATA / "peft_lora" / "base-gpt2", tmp_path / "policy")
+    tensors = load_file(tmp_path / "policy" / "model.safetensors")
+    head = {"v_head.summary.weight": np.ones((1, 32), np.float32), "v_head.summary.bias": np.ones(1, np.float32)}
+    save_file(tensors | head, tmp_path / "policy" / "model.safetensors", metadata={"format": "pt"})
+    config = load_hf_config(tmp_path / "policy")
+    del config["tie_word_embeddings"]
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"holds a language model and the head v_head\.summary: say which is meant"):
+        convert(str(tmp_path / "policy"), tmp_path / "out")
+    convert(str(tmp_path / "policy"), tmp_path / "out", options=Options(head="lm"), verify=True)
+
+
 # Orbax.
 
 

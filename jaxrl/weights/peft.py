@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..models.config import ModelConfig
 from .formats import kind_of, open_checkpoint
 from .heads import HEADS, OUTPUTS
 from .peft_config import CONFIG_FILE, MERGE_WITH_PEFT, AdapterConfig, read_adapter_config
@@ -197,7 +198,7 @@ def _untied(base: Checkpoint, adapter: Adapter, hf_config: Mapping[str, Any]) ->
     """
     table = next((name for name in base.tensors if _in(name.removesuffix(".weight"), _EMBEDDINGS)), None)
     has_output = any(_in(name.removesuffix(".weight"), (*OUTPUTS, *HEADS)) for name in base.tensors)
-    if table is None or (has_output and not hf_config.get("tie_word_embeddings")):
+    if table is None or (has_output and not ModelConfig.from_hf(hf_config).tie_embeddings):
         return base, hf_config
     touched = [module for module in adapter.modules if _in(module, (*_EMBEDDINGS, *OUTPUTS))]
     touched += [

@@ -245,7 +245,8 @@ def which_head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], options: Op
         return "lm", {}
     if not architectures and found.path in ("score", "classifier"):  # of a family that has no such class
         is_classifier = True
-    has_output = any(name.startswith(OUTPUTS) for name in checkpoint.tensors) or hf_config.get("tie_word_embeddings")
+    is_tied = ModelConfig.from_hf(hf_config).tie_embeddings
+    has_output = is_tied or any(name.startswith(OUTPUTS) for name in checkpoint.tensors)
     if has_output and not is_classifier and options.head is None and options.head_path is None:
         raise ValueError(
             f"{checkpoint.folder} holds a language model and the head {found.path}: say which is meant, --head lm or "
