@@ -226,9 +226,14 @@ def test_a_gemma_that_sees_is_converted_to_its_language_model(tmp_path, seeing_m
     assert "model.embed_tokens.weight" in names and not any("vision" in name for name in names)
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
-def test_experts_have_the_activation_of_the_config(name, activation):
+@pytest.mark.parametrize(
+    "name, activation",
+    [
+        ("qwen3-moe", "gelu"), ("qwen3-moe", "gelu_pytorch_tanh"), ("qwen3-moe", "relu"), ("mixtral", "gelu"),
+        ("gpt-neox", "gelu_fast"), ("gpt-neox", "relu"),
+    ],
+)  # fmt: skip
+def test_mlp_and_experts_have_the_activation_of_the_config(name, activation):
     live = transformers.AutoModelForCausalLM.from_pretrained(DATA / "hf_torch" / name, hidden_act=activation).eval()
     tokens = np.arange(14).reshape(2, 7)
     with torch.no_grad():

@@ -25,6 +25,7 @@ from jaxrl.weights.verify import verify_logits
 DATA = Path(__file__).parent / "data"
 FOLDERS = sorted(path.name for path in (DATA / "hf_torch").iterdir())
 OPENED = ["llama31", "qwen2", "qwen3-moe", "gemma3", "phi3", "gpt-oss", "olmo3", "gpt-neox"]
+_OUTSIDE_ROPE = ("original_max_position_embeddings", "partial_rotary_factor")  # where early files have it
 FLAX = ["llama", "mistral", "gemma", "gpt2", "opt", "opt-350m-style", "gptj", "gpt_neo", "bloom"]
 
 
@@ -267,6 +268,36 @@ def test_config_is_written_in_the_spellings_of_transformers_4_and_5(tmp_path):
     assert both["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
     assert both_spellings({"rope_theta": 1e6, "rope_scaling": None}, "float32")["rope_scaling"] is None
     assert ModelConfig.from_hf(new) == ModelConfig.from_hf({k: v for k, v in new.items() if k != "rope_parameters"})
+
+
+def test_the_early_name_of_longrope_is_exported_under_the_one_that_transformers_knows(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "source"
+    shutil.copytree(DATA / "hf_torch" / "phi3-longrope-partial", source)
+    config = load_hf_config(source)
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope["rope_theta"]} | {key: rope[key] for key in _OUTSIDE_ROPE}
+    config["rope_scaling"] = {"type": "su"} | {key: rope[key] for key in ("short_factor", "long_factor")}
+    (source / "config.json").write_text(json.dumps(config))
+    round_trip(source, tmp_path / "out")
+    written = load_hf_config(tmp_path / "out")
+    assert (written["rope_scaling"]["type"], written["rope_parameters"]["rope_type"]) == ("longrope", "longrope")
+    expected = np.load(source / "expected_logits.npz")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits = model(torch.from_numpy(expected["input_ids"]).long()).logits
+    np.testing.assert_allclose(logits, expected["logits"], atol=2e-5, rtol=1e-5)  # float32
+
+
+def test_the_base_that_olmo3_leaves_out_is_the_same_in_every_spelling():
+    config = load_hf_config(DATA / "hf_torch" / "olmo3")
+    scaling = {key: x for key, x in config["rope_parameters"]["full_attention"].items() if key != "rope_theta"}
+    old = {key: value for key, value in config.items() if key != "rope_parameters"} | {"rope_scaling": scaling}
+    both = both_spellings(old, "float32")
+    assert both["rope_theta"] == both["rope_parameters"]["sliding_attention"]["rope_theta"] == 500_000.0
+    assert ModelConfig.from_hf(both) == ModelConfig.from_hf(old)
 
 
 def test_existing_folder_is_refused_and_left_as_it_is(tmp_path):

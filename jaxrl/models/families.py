@@ -23,6 +23,7 @@ class Family(NamedTuple):
     switches: Mapping[str, Any] = {}
     spelled: Mapping[str, str] = {}
     odd_classes: Mapping[str, str] = {}  # those that transformers calls otherwise
+    two_ropes: bool = False  # layers with a window have a rope of their own, which is not rescaled
     lacks: tuple[str, ...] = ()  # kinds of classes that transformers does not have
 
 
@@ -71,7 +72,7 @@ FAMILIES: dict[str, Family] = {
          "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
          "num_attention_heads": 8, "num_key_value_heads": 4},
         {**_GEMMA2, "qk_norm": True}, _GEMMA_SPELLED,
-        {"Gemma3ForSequenceClassification": "Gemma3TextForSequenceClassification"}, _NO_TOKEN_CLASS,
+        {"Gemma3ForSequenceClassification": "Gemma3TextForSequenceClassification"}, two_ropes=True, lacks=_NO_TOKEN_CLASS,
     ),
     "phi3": Family("Phi3", {"sliding_window": None, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
     "smollm3": Family(
@@ -88,7 +89,8 @@ FAMILIES: dict[str, Family] = {
         "Olmo3",
         {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096, "sliding_window_pattern": 4,
          "max_position_embeddings": 2048},
-        {"norm": "rms_float32", "norms": "output", "qk_norm": True, "qk_norm_over_heads": True}, lacks=_NO_TOKEN_CLASS,
+        {"norm": "rms_float32", "norms": "output", "qk_norm": True, "qk_norm_over_heads": True},
+        two_ropes=True, lacks=_NO_TOKEN_CLASS,
     ),
     "glm4": Family(
         "Glm4",
@@ -158,8 +160,8 @@ FAMILIES: dict[str, Family] = {
         "Bloom",
         {"hidden_act": "gelu_new", "norm_eps": 1e-5, "tie_word_embeddings": True},
         {**_GPT2_SWITCHES, "qkv_bias": True, "o_bias": True, "positions": "alibi", "embed_norm": True},
-        {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "norm_eps": "layer_norm_epsilon",
-         "max_position_embeddings": "seq_length"},
+        {"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+         "norm_eps": "layer_norm_epsilon", "max_position_embeddings": "seq_length"},
     ),
 }  # fmt: skip
 

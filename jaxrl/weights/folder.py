@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..models.config import rope_kind
 from ..models.families import FAMILIES, LANGUAGE_MODELS
 
 _LIBC = ctypes.CDLL(None)
@@ -19,10 +20,6 @@ _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag, of Linux
 # What transformers 4 has outside of `rope_scaling`, and transformers 5 within its parameters.
 _ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rope_local_base_freq")
 _OUTSIDE_LONGROPE = ("original_max_position_embeddings", "partial_rotary_factor")
-
-# Families with a rope for each kind of layer -> the bases that a file of transformers 4 leaves out: full attention, and
-# sliding attention (None: the same).
-_THETAS_BY_LAYER = {"gemma3_text": (1_000_000.0, 10_000.0), "olmo3": (10_000.0, None)}
 
 # What a nested config leaves out where it is the default, and what stands beside it and is true of it.
 _SIZES = (
@@ -114,16 +111,16 @@ def both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def _from_version_4(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("type", "default")
-    parameters = {"rope_type": kind, **scaling}
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    parameters = {**scaling, "rope_type": rope_kind(kind, str(config.get("model_type")))}
     if config.get("rope_theta") is not None:
         parameters["rope_theta"] = config["rope_theta"]
     family = str(config.get("model_type"))
-    if family not in _THETAS_BY_LAYER:
+    if family not in FAMILIES or not FAMILIES[family].two_ropes:
         return parameters
-    theta, local = _THETAS_BY_LAYER[family]
-    parameters.setdefault("rope_theta", theta)
-    local = config.get("rope_local_base_freq", local or parameters["rope_theta"])
+    defaults = FAMILIES[family].defaults
+    theta = parameters.setdefault("rope_theta", defaults["rope_theta"])
+    local = config.get("rope_local_base_freq", defaults.get("rope_local_base_freq", theta))
     return {"full_attention": parameters, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
 
 
