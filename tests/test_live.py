@@ -1,6 +1,7 @@
 """Models in memory: a torch model in, a torch model back, and a run from Python with live objects."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,46 @@ def test_mlp_and_experts_have_the_activation_of_the_config(name, activation):
     with torch.no_grad():
         expected = live(torch.from_numpy(tokens)).logits.numpy()
     np.testing.assert_allclose(logits_of(jaxrl.from_hf(live), tokens), expected, atol=2e-5)  # float32
+
+
+def test_which_head_is_meant_can_be_said(tmp_path):
+    folder = DATA / "heads" / "trl-valuehead-llama"
+    with pytest.raises(ValueError, match=r"say which is meant by head \(--head\), lm or score"):
+        jaxrl.from_hf(folder)
+    assert "lm_head" in jaxrl.from_hf(folder, head="lm").params
+    assert jaxrl.from_hf(folder, head="score").params["score"]["bias"].shape == (1,)
+    with pytest.raises(ValueError, match="head 'value' is not one of lm, score"):
+        jaxrl.from_hf(folder, head="value")
+    shutil.copytree(DATA / "heads" / "llama-seqcls-reward", tmp_path / "named")
+    tensors = load_file(tmp_path / "named" / "model.safetensors")
+    tensors["verdict.proj.weight"] = tensors.pop("score.weight")
+    save_file(tensors, tmp_path / "named" / "model.safetensors", metadata={"format": "pt"})
+    kernel = jaxrl.from_hf(tmp_path / "named", head_path="verdict.proj").params["score"]["kernel"]
+    np.testing.assert_array_equal(kernel.T, tensors["verdict.proj.weight"])
+
+
+def test_live_model_with_a_head_under_the_name_that_its_config_says_is_read():
+    class RewardModel(transformers.LlamaPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = transformers.LlamaModel(config)
+            self.opinion = torch.nn.Linear(config.hidden_size, 1, bias=False)
+            self.post_init()
+
+    config = transformers.LlamaConfig.from_pretrained(DATA / "peft_lora" / "base-llama")
+    config.value_head_prefix = "opinion"
+    live = RewardModel(config)
+    kernel = jaxrl.from_hf(live).params["score"]["kernel"]
+    np.testing.assert_array_equal(kernel.T, live.opinion.weight.detach())
+
+
+def test_flax_model_that_ties_its_embeddings_and_holds_another_head_is_loaded_with_it(tmp_path, caplog):
+    shutil.copytree(DATA / "hf_flax" / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("torch"))
+    config = json.loads((tmp_path / "llama" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    loaded, plain = jaxrl.from_hf(tmp_path / "llama"), jaxrl.from_hf(DATA / "hf_flax" / "llama")
+    assert not loaded.config.tie_embeddings and "tie_word_embeddings is set to false" in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, plain.params)
 
 
 def test_four_bit_folder_comes_packed():

@@ -6,6 +6,7 @@ only a table of constants is left out. The rest must be exactly the tensors of t
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection
 
@@ -13,7 +14,6 @@ import numpy as np
 
 from ..models.config import ModelConfig
 from .bnb import dequantized, packed_tensors
-from .folder import load_hf_config
 from .heads import OUTPUTS, VALUE_HEADS, find_head, unknown_head, with_head_as
 from .hf_names import IGNORED, HfTensor, embedding_of, in_order, score_module
 from .prefixes import with_expected_names
@@ -52,8 +52,7 @@ def fitted(
         )
     expected = {tensor.name: tensor for tensor in in_order(config, head)}
     if head == "score" and config.module is None:
-        hf_config = load_hf_config(checkpoint.folder) if (checkpoint.folder / "config.json").is_file() else {}
-        found = find_head(checkpoint, hf_config, path=head_path)
+        found = find_head(checkpoint, json.loads(config.hf_json or "{}"), path=head_path)
         checkpoint = with_head_as(checkpoint, found, score_module(config)) if found else checkpoint
     needed = {
         name for name, tensor in expected.items() if any(row.ours not in allow_missing for row, _ in tensor.parts)

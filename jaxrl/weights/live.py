@@ -61,18 +61,28 @@ class LoadedModel:
 
 
 def from_hf(
-    source: Any, *, adapter: str | Path | None = None, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None
+    source: Any,
+    *,
+    adapter: str | Path | None = None,
+    head: str | None = None,
+    head_path: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
 ) -> LoadedModel:
     """Load a model: a local path or Hub id of any kind that is read here (torch is not needed), or a live torch model.
 
     An adapter (a PEFT folder, a `PeftModel`, or `adapter` on top of `source`) comes back as `lora`, 4-bit kernels of
-    bitsandbytes as `packed`. `dtype` is one for all numbers, by default each array has that of its tensor. `mesh` splits
-    the arrays; without it they lie on one device.
+    bitsandbytes as `packed`. `head`, lm or score, says which is meant where the model has both; `head_path` is the module
+    of a score head that is under none of the usual names. `dtype` is one for all numbers, by default each array has that
+    of its tensor. `mesh` splits the arrays; without it they lie on one device.
     """
-    opened, options = open_model(source, adapter), Options()
+    opened, options = open_model(source, adapter), Options(head=head, head_path=head_path)
     if opened.adapter is not None:
         checkpoint, rest = with_head_of(opened.checkpoint, opened.adapter)
-        opened, options = replace(opened, checkpoint=checkpoint, adapter=rest), Options(head=rest.config.head)
+        opened, options = (
+            replace(opened, checkpoint=checkpoint, adapter=rest),
+            replace(options, head=head or rest.config.head),
+        )
     head, settings = which_head(opened.checkpoint, opened.hf_config, options)
     config = ModelConfig.from_hf(opened.hf_config, **settings)
     if opened.adapter is not None:
@@ -80,14 +90,14 @@ def from_hf(
     if head == "lm":
         config = replace(config, packed=packed_kernels(opened.checkpoint, config))
     shapes, axes = abstract_params(config, head)
-    dtypes = _dtypes(opened.checkpoint, config, head, dtype)
+    dtypes = _dtypes(opened.checkpoint, config, head, head_path, dtype)
     shapes["params"] = unflatten({
         ours: jax.ShapeDtypeStruct(struct.shape, dtypes[ours]) for ours, struct in flatten(shapes["params"])
     })  # fmt: skip
     mesh = make_mesh(1, 1, 1) if mesh is None else mesh
     wanted = {name: with_shardings(mesh, shapes[name], axes[name]) for name in shapes}
     return LoadedModel(
-        params=load_params(opened.checkpoint, config, wanted["params"], dequantize=True),
+        params=load_params(opened.checkpoint, config, wanted["params"], dequantize=True, head_path=head_path),
         config=config,
         lora=None if opened.adapter is None else load_lora(opened.adapter, config, wanted["lora"]),
         packed=None if config.packed is None else load_packed(opened.checkpoint, config, wanted["packed"]),
@@ -155,11 +165,13 @@ def with_tokenizer(source: Pretrained, tokenizer: PreTrainedTokenizerBase) -> Pr
     return replace(source, write_companions=write)
 
 
-def _dtypes(checkpoint: Checkpoint, config: ModelConfig, head: str, dtype: str | None) -> dict[str, np.dtype]:
+def _dtypes(
+    checkpoint: Checkpoint, config: ModelConfig, head: str, head_path: str | None, dtype: str | None
+) -> dict[str, np.dtype]:
     """The dtype of each array of "params"."""
     if dtype is not None:
         return {row.ours: dtype_named(dtype) for row in rows(config, head=head)}
-    tensors = fitted(dequantized(checkpoint), config, head).tensors
+    tensors = fitted(dequantized(checkpoint), config, head, head_path=head_path).tensors
     return {row.ours: tensors[row.hf_names(axis_sizes(config))[0]].dtype for row in rows(config, head=head)}
 
 
