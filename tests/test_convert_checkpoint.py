@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,22 @@ def test_language_model_that_is_tied_by_default_is_not_taken_for_a_critic(tmp_pa
     with pytest.raises(ValueError, match=r"holds a language model and the head v_head\.summary: say which is meant"):
         convert(str(tmp_path / "policy"), tmp_path / "out")
     convert(str(tmp_path / "policy"), tmp_path / "out", options=Options(head="lm"), verify=True)
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax", "peft"])
+def test_numbers_that_a_dtype_cannot_hold_are_refused_by_name(tmp_path, to):
+    source = tmp_path / "source"
+    shutil.copytree(DATA / ("peft_lora/lora" if to == "peft" else "hf_torch/qwen3"), source)
+    file = source / ("adapter_model.safetensors" if to == "peft" else "model.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if "layers.1.mlp.up_proj" in name)
+    tensors[name][0, 0] = -1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = rf"tensor {re.escape(name)} holds numbers up to 1e\+05, which float16 cannot: ask for bfloat16 or float32"
+    with pytest.raises(ValueError, match=message):
+        convert(str(source), tmp_path / "out", to=to, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    convert(str(source), tmp_path / "out", to=to, dtype="bfloat16", verify=True)
 
 
 # Orbax.

@@ -23,6 +23,7 @@ from .peft import Adapter
 from .peft_tree import carry_adapter_config, write_adapter
 from .safetensors_writer import TensorSpec, dtype_named
 from .source import Options, Source, open_adapter_source, open_source
+from .stored import cast
 from .verify import verify_adapter, verify_logits, verify_tensors
 from .write import Manifest, write_model
 
@@ -117,7 +118,7 @@ def _stream(model: Source, specs: list[TensorSpec], progress: Progress) -> Itera
     for spec in specs:
         tensor = model.checkpoint.read(spec.name)
         _check_finite(tensor, spec.name, model)
-        yield spec.name, tensor.astype(spec.dtype, copy=False)
+        yield spec.name, cast(tensor, spec.dtype, f"{model.name}: tensor {spec.name}")
         done += spec.nbytes
         progress(spec.name, done, total)
 
@@ -175,7 +176,8 @@ def _write_peft(adapter: Adapter, source: str, out: Path, dtype: str | None, ver
         tensor = checkpoint.read(name)
         if not np.isfinite(tensor).all():
             raise ValueError(f"{source}: tensor {name} holds NaN or infinite numbers")
-        tensors[name] = np.ascontiguousarray(tensor.astype(stored.dtype if dtype is None else dtype_named(dtype)))
+        wanted = stored.dtype if dtype is None else dtype_named(dtype)
+        tensors[name] = np.ascontiguousarray(cast(tensor, wanted, f"{source}: tensor {name}"))
     with new_folder(out) as folder:
         carry_adapter_config(folder, adapter)
         write_adapter(folder, tensors, source=source)

@@ -25,7 +25,7 @@ from .hf_names import Row, axis_sizes, class_of, embedding_of, flatten, head_of,
 from .prefixes import with_expected_names
 from .pretrained import Pretrained, open_pretrained
 from .safetensors_writer import TensorSpec, dtype_named
-from .stored import Checkpoint
+from .stored import Checkpoint, cast
 from .write import write_model
 
 Tree = dict[str, Any]
@@ -103,7 +103,7 @@ def export_hf(
     specs = _specs(config, head_of(params, config), source, dtype)
     dtypes = {spec.name: spec.dtype for spec in specs}
     tensors = hf_tensors(params, config, lora=lora, packed=packed)
-    stream = ((name, tensor.astype(dtypes[name], copy=False)) for name, tensor in tensors)
+    stream = ((name, cast(tensor, dtypes[name], f"the trained tensor {name}")) for name, tensor in tensors)
     if jax.process_index() == 0:
         hf_config = config_for_head(source.hf_config, config, head_of(params, config))
         write_model(

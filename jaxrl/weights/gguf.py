@@ -24,7 +24,7 @@ from .folder import write_json
 from .gguf_tokenizer import needed_keys, write_tokenizer
 from .hf_names import axis_sizes, class_of, rows
 from .safetensors_writer import TensorSpec, dtype_named
-from .stored import Checkpoint, Index, StoredTensor
+from .stored import Checkpoint, Index, StoredTensor, cast
 from .write import write_model
 
 _CACHE_VERSION = 1  # counts changes of what a conversion writes: folders of another version are not used
@@ -139,7 +139,9 @@ def convert_gguf(path: str | Path, out_dir: str | Path, *, dtype: str = "float32
     model = open_gguf(path)
     tensors = model.checkpoint.tensors
     specs = [TensorSpec(name, tensor.shape, dtype_named(dtype)) for name, tensor in tensors.items()]
-    stream = ((spec.name, model.checkpoint.read(spec.name).astype(spec.dtype, copy=False)) for spec in specs)
+    stream = (
+        (spec.name, cast(model.checkpoint.read(spec.name), spec.dtype, f"{path}: tensor {spec.name}")) for spec in specs
+    )
     write_model(
         Path(out_dir), model.hf_config, specs, stream, source=Path(path).name, companions=model.write_companions
     )

@@ -35,7 +35,7 @@ from .prefixes import language_model_of
 from .pretrained import Pretrained, open_pretrained
 from .safetensors_writer import TensorSpec, dtype_named
 from .source import Options, which_head
-from .stored import Checkpoint, Index, StoredTensor
+from .stored import Checkpoint, Index, StoredTensor, cast
 from .write import write_model
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def to_hf(
         specs.append(TensorSpec(tensor.name, tensor.shape, np.dtype(kept) if dtype is None else dtype_named(dtype)))
     hf_config = config_for_head(json.loads(config.hf_json), config, head)
     tensors = (
-        (spec.name, np.ascontiguousarray(tensor.astype(spec.dtype, copy=False)))
+        (spec.name, np.ascontiguousarray(cast(tensor, spec.dtype, f"tensor {spec.name}")))
         for spec, (_, tensor) in zip(specs, hf_tensors(params, config, lora=lora, packed=packed), strict=True)
     )
     if out_dir is None and not hf_config["architectures"]:
