@@ -39,8 +39,8 @@ def verify_tensors(folder: Path, model: Source, specs: Sequence[TensorSpec]) -> 
     hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["tensors"]
     for spec in specs:
         stored, expected = written.read(spec.name), model.checkpoint.read(spec.name).astype(spec.dtype, copy=False)
-        digest = sha256(stored)
-        if stored.dtype != spec.dtype or digest != sha256(expected):
+        digest = sha256([stored])
+        if stored.dtype != spec.dtype or digest != sha256([expected]):
             raise ValueError(
                 f"{spec.name} was written and does not come back as it was: the disk or the file is damaged"
             )
