@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,7 +18,7 @@ from jaxrl.models.decoder import abstract_params
 from jaxrl.models.families import FAMILIES
 from jaxrl.parallel import make_mesh, with_shardings
 from jaxrl.weights.export import export_hf, hf_tensors
-from jaxrl.weights.folder import both_spellings
+from jaxrl.weights.folder import both_spellings, new_folder
 from jaxrl.weights.hf_names import flatten, score_module
 from jaxrl.weights.live import from_hf
 from jaxrl.weights.load import load_hf_config, load_params, open_checkpoint
@@ -323,6 +325,28 @@ def test_overwriting_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "old.txt").exists()
     assert_identical(tmp_path / "out", source)
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from jaxrl.weights.folder import new_folder\n"
+        "with new_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'model.safetensors').write_bytes(bytes(1000))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")])
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out.of")])  # of another folder
+    killed, other = sorted(tmp_path.iterdir())
+    assert [path.suffix for path in (killed, other)] == [".partial"] * 2
+    with new_folder(tmp_path / "out") as first:
+        assert not killed.exists() and other.exists()
+        (first / "a").touch()
+        with new_folder(tmp_path / "out", overwrite=True) as second:
+            assert first.exists() and first != second
+        assert (first / "a").exists()
+        (tmp_path / "out").rmdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
 def test_failed_export_leaves_nothing(tmp_path):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
+import os
+import re
 import shutil
+import socket
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,14 +152,15 @@ def refuse_existing(folder: Path) -> None:
 def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill that takes its name, `folder`, when all of it is there; on an error nothing is left.
 
-    With `overwrite`, what stood there before survives until the new folder is complete.
+    With `overwrite`, what stood there before survives until the new folder is complete. What a process that was killed on
+    this host has left of the same folder is removed.
     """
     folder = Path(folder)
     if not overwrite:
         refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
+    _remove_leftovers(folder)
+    partial, lock = _locked_partial(folder)
     try:
         yield partial
         if overwrite and folder.exists():
@@ -163,7 +169,52 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
             refuse_existing(folder)  # another process may have finished first
             partial.rename(folder)
     finally:
+        os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _locked_partial(folder: Path) -> tuple[Path, int]:
+    """A new folder beside `folder`, and a lock on it that the system frees when this process ends."""
+    while True:
+        partial = folder.parent / f".{folder.name}.{_host()}-{uuid.uuid4().hex[:8]}.partial"
+        partial.mkdir()
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # another process has taken it for a leftover
+            continue
+        if _lock(lock) is not False and partial.is_dir():
+            return partial, lock
+        os.close(lock)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.{_host()}-[0-9a-f]{{8}}\.partial")
+    for partial in folder.parent.iterdir():
+        if not pattern.fullmatch(partial.name):
+            continue
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # its process has just finished
+            continue
+        if _lock(lock):
+            shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(file: int) -> bool | None:
+    """Whether the file could be locked; None where the disk has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _host() -> str:
+    """This host in eight letters: on a shared disk a lock may be seen on the host alone that holds it."""
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 def _exchange(first: Path, second: Path) -> None:
