@@ -22,7 +22,7 @@ from .rewards.score import failed, score_of
 from .roles import abstract_variables, load_base, model_config
 from .update import Critic
 from .weights.heads import FoundHead, find_head
-from .weights.pretrained import Pretrained, open_pretrained
+from .weights.pretrained import Pretrained, open_pretrained, with_adapter_merged
 
 ROWS = 128  # packed rows are a multiple of it long
 
@@ -33,7 +33,7 @@ class RewardModel:
     whole_batch = True
 
     def __init__(self, path: str, mesh: jax.sharding.Mesh, model: Model, *, max_tokens: int, head: Head | None = None):
-        source, head = open_pretrained(path), head or Head()
+        source, head = with_adapter_merged(open_pretrained(path)), head or Head()
         config = model_config(model, source.hf_config, module=head.module)
         if head.module is None:
             config = dataclasses.replace(config, score_bias=_linear_head(source, head.path).has_bias)

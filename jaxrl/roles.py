@@ -32,7 +32,7 @@ from .weights.hf_names import flatten, head_of, in_order, rows, unflatten
 from .weights.load import load_params
 from .weights.packed import load_packed, packed_kernels
 from .weights.peft_tree import export_peft, load_lora, lora_settings
-from .weights.pretrained import Pretrained, open_pretrained
+from .weights.pretrained import Pretrained, open_pretrained, with_adapter_merged
 from .weights.source import first_layers
 from .weights.stored import Checkpoint
 
@@ -123,7 +123,7 @@ class Roles:
             self.ref_abstract = {**self.ref_abstract, "params": waiting(self.ref_abstract["params"])}
 
     def _describe_critic(self, c: Config, steps: int, find: Callable[[str], Pretrained]) -> None:
-        self.critic_source = self.source if c.critic.path is None else find(c.critic.path)
+        self.critic_source = self.source if c.critic.path is None else with_adapter_merged(find(c.critic.path))
         layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
         config = model_config(
             computed(c.model, c.critic.compute_dtype, c.critic.remat), self.critic_source.hf_config,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -182,6 +183,94 @@ def test_heads_come_out_under_the_class_that_reads_them(tmp_path, name, architec
 def test_language_model_with_a_value_head_is_not_guessed_at(tmp_path):
     with pytest.raises(ValueError, match=r"holds a language model and the head v_head\.summary: say which is meant"):
         convert(str(DATA / "heads" / "trl-valuehead-llama"), tmp_path / "out")
+
+
+def test_language_model_that_is_tied_by_default_is_not_taken_for_a_critic(tmp_path):
+    shutil.copytree(DATA / "peft_lora" / "base-gpt2", tmp_path / "policy")
+    tensors = load_file(tmp_path / "policy" / "model.safetensors")
+    head = {"v_head.summary.weight": np.ones((1, 32), np.float32), "v_head.summary.bias": np.ones(1, np.float32)}
+    save_file(tensors | head, tmp_path / "policy" / "model.safetensors", metadata={"format": "pt"})
+    config = load_hf_config(tmp_path / "policy")
+    del config["tie_word_embeddings"]
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"holds a language model and the head v_head\.summary: say which is meant"):
+        convert(str(tmp_path / "policy"), tmp_path / "out")
+    convert(str(tmp_path / "policy"), tmp_path / "out", options=Options(head="lm"), verify=True)
+
+
+_MEASURE = """
+import sys, threading, time
+from pathlib import Path
+from jaxrl.weights.convert import convert
+
+def anonymous():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("RssAnon")) * 1024
+
+small, source, out = sys.argv[1:]
+convert(small, out + "-small", to="orbax", mesh=(1, 2, 1))  # everything is imported and compiled
+before, peaks = anonymous(), [0]
+
+def watch():
+    while True:
+        peaks[0] = max(peaks[0], anonymous())
+        time.sleep(0.002)
+
+threading.Thread(target=watch, daemon=True).start()
+convert(source, out, to="orbax", mesh=(1, 2, 1))
+print(peaks[0] - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
+def test_orbax_conversion_holds_the_largest_array_up_to_three_times_and_not_the_model(tmp_path):
+    D, F, L = 256, 8192, 8
+    config = load_hf_config(DATA / "hf_torch" / "llama32-tied") | {
+        "vocab_size": 8, "hidden_size": D, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    }  # fmt: skip
+    for name, F_here in (("small", 8), ("large", F)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(
+            json.dumps(config | {"num_hidden_layers": L, "intermediate_size": F_here})
+        )
+        tensors = {
+            "model.embed_tokens.weight": np.ones((8, D), np.float32),
+            "model.norm.weight": np.ones(D, np.float32),
+        }
+        shapes = {
+            "input_layernorm": (D,), "post_attention_layernorm": (D,), "self_attn.q_proj": (16, D),
+            "self_attn.k_proj": (8, D), "self_attn.v_proj": (8, D), "self_attn.o_proj": (D, 16),
+            "mlp.gate_proj": (F_here, D), "mlp.up_proj": (F_here, D), "mlp.down_proj": (D, F_here),
+        }  # fmt: skip
+        for layer in range(L):
+            for module, shape in shapes.items():
+                tensors[f"model.layers.{layer}.{module}.weight"] = np.full(shape, layer + 0.5, np.float32)
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    flags = "--xla_force_host_platform_device_count=2"
+    run = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *(str(tmp_path / name) for name in ("small", "large", "out"))],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    largest = L * D * F * 4
+    assert int(run.stdout) < 3.4 * largest, "besides the arrays, buffers of the writer"
+    convert(str(tmp_path / "out"), tmp_path / "back")
+    assert_same(tmp_path / "back", tmp_path / "large")
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax", "peft"])
+def test_numbers_that_a_dtype_cannot_hold_are_refused_by_name(tmp_path, to):
+    source = tmp_path / "source"
+    shutil.copytree(DATA / ("peft_lora/lora" if to == "peft" else "hf_torch/qwen3"), source)
+    file = source / ("adapter_model.safetensors" if to == "peft" else "model.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if "layers.1.mlp.up_proj" in name)
+    tensors[name][0, 0] = -1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = rf"tensor {re.escape(name)} holds numbers up to 1e\+05, which float16 cannot: ask for bfloat16 or float32"
+    with pytest.raises(ValueError, match=message):
+        convert(str(source), tmp_path / "out", to=to, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    convert(str(source), tmp_path / "out", to=to, dtype="bfloat16", verify=True)
 
 
 # Orbax.

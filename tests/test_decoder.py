@@ -268,6 +268,31 @@ def test_an_architecture_that_would_be_computed_wrongly_is_refused(change, messa
         ModelConfig.from_hf(load_hf_config(DATA / "hf_torch" / "qwen2") | change)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vocab_size": None}, "vocab_size is None, and it must be a whole number above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": "32"}, "hidden_size is '32'"),
+        ({"num_hidden_layers": 2.0}, r"num_hidden_layers is 2\.0"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads is -1"),
+        ({"rope_parameters": "linear"}, "the rope is 'linear', and it must be an object such as"),
+        ({"rope_parameters": None, "rope_scaling": ["linear"]}, r"the rope is \['linear'\]"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "config.json describes no qwen2"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": [2]}}, "config.json describes no qwen2"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused_in_one_sentence(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(load_hf_config(DATA / "hf_torch" / "qwen2") | change)
+
+
+def test_bloom_says_its_width_under_either_key():
+    new = load_hf_config(DATA / "hf_flax" / "bloom")
+    old = {key: value for key, value in new.items() if key != "hidden_size"} | {"n_embed": new["hidden_size"]}
+    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
+
+
 def test_adapters_that_would_sit_on_nothing_are_refused_by_name():
     for name, targets in (("mixtral", ("up_proj", "gate_proj")), ("starcoder2", ("gate_proj",))):
         hf_config = load_hf_config(DATA / "hf_torch" / name)

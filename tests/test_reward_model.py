@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from jaxrl.config import Model
 from jaxrl.parallel import make_mesh
@@ -84,6 +84,19 @@ def test_a_conversation_goes_through_the_models_own_chat_template(folder):
     conversation = [{"role": "system", "content": words[0]}, {"role": "user", "content": words[1]}]
     others = sample("w1 w1 " + " ".join(words[2:]), messages=conversation)  # its prompt is of another template
     np.testing.assert_allclose(rewards(model, [others]), SCORES[:1], atol=2e-4)  # float32
+
+
+def test_a_peft_reward_model_scores_as_in_peft(folder, tmp_path):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    base, text = folder(DATA / "hf_torch" / "llama31"), "w5 w9 w11 w3 w20"
+    model = peft.get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=1),
+        peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], init_lora_weights=False),
+    ).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model(torch.tensor([[5, 9, 11, 3, 20]])).logits.item()
+    np.testing.assert_allclose(rewards(model_of(str(tmp_path / "adapter")), [sample(text)]), [expected], atol=2e-4)
 
 
 def test_a_model_with_several_labels_is_refused(folder):

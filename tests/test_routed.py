@@ -31,12 +31,12 @@ WEIGHTS = {"gate": matrix(D, F), "up": matrix(D, F), "down": matrix(F, D)}
 X, G = 3 * normal(B, T, D), normal(B, T, D)
 CHOSEN = jnp.asarray(np.stack([random.permutation(E)[:C] for _ in range(B * T)]).reshape(B, T, C))
 SHARE = jax.nn.softmax(normal(B, T, C))
-gpt_oss = partial(expert, 7.0)
+gpt_oss = partial(expert, "silu", 7.0)
 
 
 def everyone(weights, x, chosen, share):
     """Every expert computes every token."""
-    said = jax.vmap(partial(expert, 7.0), in_axes=(0, None))(weights, x.reshape(-1, D)).reshape(-1, *x.shape)
+    said = jax.vmap(partial(expert, "silu", 7.0), in_axes=(0, None))(weights, x.reshape(-1, D)).reshape(-1, *x.shape)
     shares = jnp.einsum("btc,btce->ebt", share, jax.nn.one_hot(chosen, len(said)))
     return jnp.einsum("ebtd,ebt->btd", said, shares)
 
@@ -143,7 +143,7 @@ def test_blocks_of_an_even_router_are_three_quarters_full_or_more():
 def test_a_token_that_one_expert_cannot_bear_is_no_business_of_the_others():
     chosen = jnp.zeros_like(CHOSEN).at[..., 1].set(1).at[0, 0].set(jnp.array([2, 3]))
     x = X.at[0, 0].set(1e30)  # with which products overflow
-    out = routed(partial(expert, 0.0), WEIGHTS, x, chosen, SHARE)
+    out = routed(partial(expert, "silu", 0.0), WEIGHTS, x, chosen, SHARE)
     assert not np.isfinite(out[0, 0]).all() and np.isfinite(out.reshape(-1, D)[1:]).all()
 
 
@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_tokens_an_expert_could_have_got():
     E, N, D, F = 64, 4096, 64, 384
 
     def of(weights, x, chosen, share):
-        return jnp.sum(routed(partial(expert, 0.0), weights, x, chosen, share))
+        return jnp.sum(routed(partial(expert, "silu", 0.0), weights, x, chosen, share))
 
     def shape(*s, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(s, dtype)

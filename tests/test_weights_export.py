@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,15 +15,19 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import abstract_params
+from jaxrl.models.families import FAMILIES
 from jaxrl.parallel import make_mesh, with_shardings
 from jaxrl.weights.export import export_hf, hf_tensors
-from jaxrl.weights.folder import both_spellings
-from jaxrl.weights.hf_names import flatten
+from jaxrl.weights.folder import both_spellings, new_folder
+from jaxrl.weights.hf_names import flatten, score_module
+from jaxrl.weights.live import from_hf
 from jaxrl.weights.load import load_hf_config, load_params, open_checkpoint
+from jaxrl.weights.verify import verify_logits
 
 DATA = Path(__file__).parent / "data"
 FOLDERS = sorted(path.name for path in (DATA / "hf_torch").iterdir())
 OPENED = ["llama31", "qwen2", "qwen3-moe", "gemma3", "phi3", "gpt-oss", "olmo3", "gpt-neox"]
+_OUTSIDE_ROPE = ("original_max_position_embeddings", "partial_rotary_factor")  # where early files have it
 FLAX = ["llama", "mistral", "gemma", "gpt2", "opt", "opt-350m-style", "gptj", "gpt_neo", "bloom"]
 
 
@@ -157,6 +163,55 @@ def test_critic_that_began_as_a_language_model_is_exported_as_token_classificati
     assert model.score.weight.detach().numpy().tolist() == [[0.5] * 32] and model.score.bias.item() == 0.25
 
 
+FAMILY_FOLDERS = {  # one folder of each family
+    load_hf_config(folder)["model_type"]: folder
+    for folder in [*sorted((DATA / "hf_torch").iterdir()), *(DATA / "hf_flax" / name for name in FLAX)]
+}
+
+
+@pytest.mark.parametrize("kind", ["ForTokenClassification", "ForSequenceClassification"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_trained_head_of_each_family_arrives_in_transformers_or_comes_back_here(tmp_path, caplog, family, kind):
+    import transformers
+
+    source, has_bias = FAMILY_FOLDERS[family], kind == "ForTokenClassification"
+    config = ModelConfig.from_hf(load_hf_config(source), score_bias=has_bias)
+    target = abstract_params(config, "score")[0]["params"]
+    params = load_params(source, config, target, allow_missing={"score.kernel", "score.bias"})
+    head = np.linspace(-1, 1, config.table_size, dtype=np.float32)
+    params["score"] = {"kernel": head[:, None]} | ({"bias": np.array([0.25], np.float32)} if has_bias else {})
+    export_hf(params, config, tmp_path / "out", source_folder=source)
+    back, settings = from_hf(tmp_path / "out"), {"num_labels": 1, "score_bias": has_bias}
+    assert back.config == ModelConfig.from_hf(load_hf_config(source), **settings)
+    np.testing.assert_array_equal(back.params["score"]["kernel"][:, 0], head)
+
+    architectures = load_hf_config(tmp_path / "out")["architectures"]
+    has_class = any(name.startswith(FAMILIES[family].classes) and name.endswith(kind) for name in dir(transformers))
+    if family == "gemma3_text":  # whose token classifier is that of the model with a vision tower
+        has_class = kind == "ForSequenceClassification"
+    assert bool(architectures) == has_class
+    assert ("transformers has no class" in caplog.text) != has_class
+    if not has_class:
+        return
+    model, report = getattr(transformers, architectures[0]).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    theirs = model.get_submodule(score_module(config))
+    np.testing.assert_array_equal(theirs.weight.detach()[0], head)
+    assert not has_bias or theirs.bias.item() == 0.25
+    assert verify_logits(tmp_path / "out") is not None
+
+
+def test_a_critic_whose_head_has_the_name_of_other_families_is_read(tmp_path):
+    source = DATA / "heads" / "gpt2-seqcls-reward"
+    shutil.copytree(source, tmp_path / "old")
+    tensors = load_file(source / "model.safetensors") | {"score.bias": np.array([0.5], np.float32)}
+    save_file(tensors, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    round_trip(tmp_path / "old", tmp_path / "out", head="score", score_bias=True)
+    written = stored_tensors(tmp_path / "out")
+    assert written["classifier.bias"].item() == 0.5 and "score.weight" not in written
+    np.testing.assert_array_equal(written["classifier.weight"], tensors["score.weight"])
+
+
 def test_shards_are_bounded_and_their_index_is_complete(tmp_path):
     source = DATA / "hf_torch" / "llama31"
     round_trip(source, tmp_path / "out", options={"max_shard_bytes": 12_000})
@@ -217,6 +272,36 @@ def test_config_is_written_in_the_spellings_of_transformers_4_and_5(tmp_path):
     assert ModelConfig.from_hf(new) == ModelConfig.from_hf({k: v for k, v in new.items() if k != "rope_parameters"})
 
 
+def test_the_early_name_of_longrope_is_exported_under_the_one_that_transformers_knows(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "source"
+    shutil.copytree(DATA / "hf_torch" / "phi3-longrope-partial", source)
+    config = load_hf_config(source)
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope["rope_theta"]} | {key: rope[key] for key in _OUTSIDE_ROPE}
+    config["rope_scaling"] = {"type": "su"} | {key: rope[key] for key in ("short_factor", "long_factor")}
+    (source / "config.json").write_text(json.dumps(config))
+    round_trip(source, tmp_path / "out")
+    written = load_hf_config(tmp_path / "out")
+    assert (written["rope_scaling"]["type"], written["rope_parameters"]["rope_type"]) == ("longrope", "longrope")
+    expected = np.load(source / "expected_logits.npz")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits = model(torch.from_numpy(expected["input_ids"]).long()).logits
+    np.testing.assert_allclose(logits, expected["logits"], atol=2e-5, rtol=1e-5)  # float32
+
+
+def test_the_base_that_olmo3_leaves_out_is_the_same_in_every_spelling():
+    config = load_hf_config(DATA / "hf_torch" / "olmo3")
+    scaling = {key: x for key, x in config["rope_parameters"]["full_attention"].items() if key != "rope_theta"}
+    old = {key: value for key, value in config.items() if key != "rope_parameters"} | {"rope_scaling": scaling}
+    both = both_spellings(old, "float32")
+    assert both["rope_theta"] == both["rope_parameters"]["sliding_attention"]["rope_theta"] == 500_000.0
+    assert ModelConfig.from_hf(both) == ModelConfig.from_hf(old)
+
+
 def test_existing_folder_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
@@ -240,6 +325,28 @@ def test_overwriting_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "old.txt").exists()
     assert_identical(tmp_path / "out", source)
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from jaxrl.weights.folder import new_folder\n"
+        "with new_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'model.safetensors').write_bytes(bytes(1000))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")])
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out.of")])  # of another folder
+    killed, other = sorted(tmp_path.iterdir())
+    assert [path.suffix for path in (killed, other)] == [".partial"] * 2
+    with new_folder(tmp_path / "out") as first:
+        assert not killed.exists() and other.exists()
+        (first / "a").touch()
+        with new_folder(tmp_path / "out", overwrite=True) as second:
+            assert first.exists() and first != second
+        assert (first / "a").exists()
+        (tmp_path / "out").rmdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
 def test_failed_export_leaves_nothing(tmp_path):

@@ -69,6 +69,38 @@ def test_two_models_in_one_folder_that_disagree_are_refused_and_the_tensor_is_na
         open_checkpoint(llama)
 
 
+@pytest.mark.parametrize("with_prefix", ["model.safetensors", "pytorch_model.bin"])
+def test_masks_and_prefixes_that_loading_ignores_do_not_make_two_models(tmp_path, with_prefix):
+    plain = load_file(DATA / "peft_lora" / "base-gpt2" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in plain.items()}
+    masks = {f"h.{layer}.attn.bias": np.ones((1, 1, 32, 32), np.float32) for layer in range(2)}
+    masks |= {
+        "h.0.attn.masked_bias": np.array(-1e4, np.float32),
+        "h.0.attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
+    files = [plain | {"lm_head.weight": plain["transformer.wte.weight"]}, bare | masks]
+    first, second = files if with_prefix == "model.safetensors" else files[::-1]
+    save_file(first, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    def save_second():
+        torch.save({name: torch.from_numpy(x) for name, x in second.items()}, tmp_path / "pytorch_model.bin")
+
+    save_second()
+    assert open_checkpoint(tmp_path).tensors.keys() == first.keys()
+    name = next(name for name in second if name.endswith("h.1.mlp.c_fc.weight"))
+    second[name] = second[name] + 1
+    save_second()
+    with pytest.raises(ValueError, match=r"which differ: tensor .*h\.1\.mlp\.c_fc\.weight has other numbers"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_bin_from_before_torch_1_6_is_left_aside_where_there_is_another_format(llama, caplog):
+    torch.save({"w": torch.ones(2)}, llama / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with caplog.at_level("INFO", "jaxrl"):
+        assert open_checkpoint(llama).kind == "safetensors"
+    assert "pytorch_model.bin is in PyTorch's format from before version 1.6, and is left aside" in caplog.text
+
+
 def test_index_that_was_fetched_without_its_files_is_no_second_model(llama):
     (llama / "pytorch_model.bin").unlink()
     (llama / "flax_model.msgpack").unlink()

@@ -13,6 +13,7 @@ from gguf.quants import dequantize
 from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxrl.weights.gguf import cached_hf_folder, convert_gguf, open_gguf
+from jaxrl.weights.gguf_tokenizer import build_tokenizer, write_tokenizer
 from jaxrl.weights.load import load_hf_config, open_checkpoint, resolve
 from jaxrl.weights.quickstart import quickstart_model
 
@@ -139,13 +140,23 @@ def test_quickstart_chat_template_is_the_files_own(smollm2, transformers_tokeniz
 
 
 def write_small_gguf(
-    path: Path, *, arch: str = "qwen3", pre: str = "qwen2", skip: str = "", seed: int = 0, quantised=None
+    path: Path,
+    *,
+    arch: str = "qwen3",
+    pre: str = "qwen2",
+    skip: str = "",
+    seed: int = 0,
+    quantised=None,
+    pieces: list[tuple[str, float, int]] | None = None,
+    rope_theta: float = 1e6,
+    rope_factors: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """A GGUF file of 2 layers, D 8, N 2, K 1, H 6, F 10, with a byte-level tokenizer of one merge.
 
-    With `quantised`, a GGML type, D is 256, and the bytes of blk.1.ffn_up are small random ones of that type.
+    With `quantised`, a GGML type, D is 256, and the bytes of blk.1.ffn_up are small random ones of that type. `pieces`
+    are those of SentencePiece instead, with score and kind.
     """
-    tokens = [*sorted(ByteLevel.alphabet()), "Ġa", "<|end|>"]
+    tokens = [*sorted(ByteLevel.alphabet()), "Ġa", "<|end|>"] if pieces is None else [piece for piece, _, _ in pieces]
     V, D, N, K, H, F = len(tokens), 8 if quantised is None else 256, 2, 1, 6, 10
     shapes = {"token_embd.weight": (V, D), "output_norm.weight": (D,), "output.weight": (V, D)}
     for layer in range(2):
@@ -160,6 +171,8 @@ def write_small_gguf(
             shapes |= {f"blk.{layer}.attn_{n}.bias": (heads * H,) for n, heads in (("q", N), ("k", K), ("v", K))}
     rng = np.random.default_rng(seed)
     weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items() if name != skip}
+    if rope_factors is not None:
+        weights["rope_freqs.weight"] = rope_factors.astype(np.float32)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -169,13 +182,20 @@ def write_small_gguf(
     writer.add_head_count_kv(K)
     writer.add_key_length(H)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(1e6)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    writer.add_rope_freq_base(rope_theta)
+    writer.add_tokenizer_model("gpt2" if pieces is None else "llama")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * (V - 1) + [3])
-    writer.add_token_merges(["Ġ a"])
-    writer.add_eos_token_id(V - 1)
+    if pieces is None:
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_types([1] * (V - 1) + [3])
+        writer.add_token_merges(["Ġ a"])
+        writer.add_eos_token_id(V - 1)
+    else:
+        writer.add_token_scores([score for _, score, _ in pieces])
+        writer.add_token_types([kind for _, _, kind in pieces])
+        writer.add_unk_token_id(0)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
     for name, tensor in weights.items():
         if quantised is not None and name == "blk.1.ffn_up.weight":
             block, size = gguf.GGML_QUANT_SIZES[quantised]
@@ -206,6 +226,125 @@ def test_small_gguf_of_each_family_becomes_a_folder_that_transformers_opens(tmp_
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("Hi, a 42!<|end|>")["input_ids"]) == "Hi, a 42!<|end|>"
     assert tokenizer.eos_token == "<|end|>"
+
+
+@needs_quickstart
+@pytest.mark.parametrize("pre", ["llama-bpe", "deepseek-r1-qwen"])
+def test_words_are_cut_as_transformers_cuts_them_for_this_pre_tokenizer(pre):
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
+
+    path = quickstart_model()
+    architecture, described, _ = get_gguf_tokenizer(str(path))
+    theirs, _ = convert_gguf_tokenizer(architecture, described | {"pre_tokenizer_type": pre})
+    ours = build_tokenizer(open_gguf(path).metadata | {"tokenizer.ggml.pre": pre}, path)
+    for text in [*TEXTS, *Path(gguf.__file__).with_name("constants.py").read_text().split("\n")[:500]]:
+        ids = ours.encode(text, add_special_tokens=False).ids
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, text
+        assert ours.decode(ids, skip_special_tokens=False) == text
+    digits = ours.pre_tokenizer.pre_tokenize_str("1234567")
+    assert [word for word, _ in digits] == (["123", "456", "7"] if pre == "llama-bpe" else list("1234567"))
+
+
+def test_llama_3_takes_words_of_its_vocabulary_whole_and_begins_with_its_first_token(tmp_path):
+    from transformers import AutoTokenizer
+
+    write_small_gguf(tmp_path / "m.gguf", arch="llama", pre="llama-bpe")
+    reader = open_gguf(tmp_path / "m.gguf")
+    tokens = [*reader.metadata["tokenizer.ggml.tokens"], "abc", "<|begin|>"]
+    metadata = reader.metadata | {
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.bos_token_id": len(tokens) - 1,
+        "tokenizer.ggml.token_type": [*reader.metadata["tokenizer.ggml.token_type"], 1, 3],
+    }  # fmt: skip
+    write_tokenizer(metadata, tmp_path, tmp_path / "m.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.tokenize("abc") == ["abc"]  # no merge makes it
+    assert tokenizer("abc")["input_ids"] == [len(tokens) - 1, len(tokens) - 2]
+    write_tokenizer(metadata | {"tokenizer.ggml.add_bos_token": False}, tmp_path, tmp_path / "m.gguf")
+    assert AutoTokenizer.from_pretrained(tmp_path)("abc")["input_ids"] == [len(tokens) - 2]
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rope_factors_become_the_scaling_that_transformers_computes_them_from(tmp_path, factor):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta = 2.6e8  # of three wavelengths the second lies between those that are kept and those that are stretched
+    scaling = {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_theta": theta,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2, head_dim=6, rope_parameters=scaling)
+    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = theta ** -(np.arange(0, 6, 2) / 6)
+    factors = plain / wanted.numpy()
+    assert factors[0] == pytest.approx(1) and 1.1 < factors[1] < factor - 0.1 and factors[2] == pytest.approx(factor)
+
+    write_small_gguf(tmp_path / "m.gguf", arch="llama", pre="llama-bpe", rope_theta=theta, rope_factors=factors)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(model.model.rotary_emb.inv_freq, wanted, rtol=1e-6)
+    assert load_hf_config(tmp_path / "out")["rope_scaling"] == {k: v for k, v in scaling.items() if k != "rope_theta"}
+
+
+def test_rope_factors_of_another_model_are_refused(tmp_path):
+    write_small_gguf(tmp_path / "m.gguf", arch="llama", pre="llama-bpe", rope_factors=np.array([1.0, 3.0, 8.0]))
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight does not hold the factors of Llama 3\.1"):
+        open_gguf(tmp_path / "m.gguf")
+
+
+def sentencepiece_vocabulary() -> list[tuple[str, float, int]]:
+    """Pieces as SentencePiece's BPE learns them: each of two earlier ones, the earlier the better."""
+    rng = np.random.default_rng(0)
+    learned = ["▁", *"abcdefgh12"]
+    while len(learned) < 90:
+        piece = "".join(rng.choice(learned, 2))
+        if piece not in learned and "▁" not in piece[1:]:
+            learned.append(piece)
+    merged = [(piece, -float(number), 1) for number, piece in enumerate(learned[11:])]
+    single = [(piece, -1000.0 - number, 1) for number, piece in enumerate(learned[:11])]
+    bytes_of = [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    return [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *bytes_of, *merged, *single, ("<|user|>", 0.0, 4)]
+
+
+def sentencepiece_ids(pieces: list[tuple[str, float, int]], text: str) -> list[int]:
+    """SentencePiece's own algorithm: of all neighbours that are a piece together, the best are joined, until none is."""
+    number = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    score = {piece: score for piece, score, kind in pieces if kind == 1}
+    symbols = list("▁" + text.replace(" ", "▁"))
+    while True:
+        pairs = [
+            (score[a + b], -i) for i, (a, b) in enumerate(zip(symbols, symbols[1:], strict=False)) if a + b in score
+        ]
+        if not pairs:
+            break
+        at = -max(pairs)[1]
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+    return [
+        number[part]
+        for symbol in symbols
+        for part in ([symbol] if symbol in score else [f"<0x{byte:02X}>" for byte in symbol.encode()])
+    ]
+
+
+def test_sentencepiece_tokenizer_gives_the_ids_of_its_algorithm_and_of_transformers(tmp_path):
+    from transformers import AutoTokenizer
+
+    pieces = sentencepiece_vocabulary()
+    write_small_gguf(tmp_path / "m.gguf", arch="llama", pieces=pieces)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    rng = np.random.default_rng(1)
+    texts = ["".join(rng.choice(list("abcdefgh12  é漢\n"), 40)) for _ in range(200)]
+    for text in ["a", "abc  12", *texts]:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == [1, *sentencepiece_ids(pieces, text)], text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        if not text.startswith(" "):  # before which transformers writes no space of its own, as SentencePiece does
+            assert ids == theirs(text)["input_ids"], text
+    user = len(pieces) - 1
+    assert tokenizer("<|user|>a</s>")["input_ids"] == [1, user, *sentencepiece_ids(pieces, "a"), 2]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
 
 
 @pytest.mark.parametrize(

@@ -326,28 +326,39 @@ def test_unreachable_hub_is_said_in_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "stored, fetched, left",
+    "weights, fetched",
     [
-        (["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"], "*.safetensors", "pytorch_model*.bin"),
-        (["pytorch_model-00001-of-00002.bin", "tf_model.h5"], "pytorch_model*.bin", "*.safetensors"),
-        (["flax_model.msgpack"], "flax_model*.msgpack", "pytorch_model*.bin"),
+        (["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"], ["model.safetensors"]),
+        (["pytorch_model-00001-of-00002.bin", "tf_model.h5"], ["pytorch_model-00001-of-00002.bin"]),
+        (["flax_model.msgpack", "onnx/model.safetensors"], ["flax_model.msgpack"]),
+        (["model[1].safetensors", "consolidated.safetensors"], ["model[1].safetensors"]),
     ],
 )
-def test_one_kind_of_weights_is_fetched_from_the_hub(monkeypatch, tmp_path, stored, fetched, left):
+def test_of_the_hub_one_kind_of_weights_is_fetched_and_only_what_lies_at_the_root(
+    monkeypatch, tmp_path, weights, fetched
+):
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
-    asked = {}
+    beside = ["config.json", "tokenizer.json", "additional_chat_templates/tool.jinja"]
+    others = [
+        "README.md",
+        "original/params.json",
+        "fp16/model.safetensors",
+        "checkpoint-5/optimizer.json",
+        "figures/a.png",
+    ]
+    got = []
 
     def snapshot_download(model_id, **options):
-        asked.update(options)
+        got.extend(filter_repo_objects([*beside, *weights, *others], **options))
         return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, model_id: ["config.json", *stored])
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, model_id: [*beside, *weights, *others])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     (tmp_path / "config.json").write_text("{}")
     assert resolve("owner/model") == tmp_path
-    assert fetched in asked["allow_patterns"] and left not in asked["allow_patterns"]
-    assert "*.json" in asked["allow_patterns"]
+    assert sorted(got) == sorted([*beside, *fetched])
 
 
 def test_adapter_as_a_model_is_told_from_a_model(tmp_path):

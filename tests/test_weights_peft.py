@@ -262,6 +262,23 @@ def test_tied_base_is_told_apart_where_the_adapter_changes_one_of_the_two_tables
     assert config["tie_word_embeddings"] is True and "lm_head.weight" not in plain.tensors
 
 
+def test_base_that_is_tied_by_default_and_stores_its_output_too_is_told_apart(copy):
+    def adapt_the_embedding(tensors):
+        tensors.clear()
+        tensors["base_model.model.transformer.wte.lora_embedding_A"] = np.full((4, 64), 0.5, np.float32)
+        tensors["base_model.model.transformer.wte.lora_embedding_B"] = np.full((32, 4), 0.5, np.float32)
+
+    folder = copy("gpt2_fan_in_fan_out", adapt_the_embedding, target_modules=["wte"], r=4)
+    base = folder.parent / "base-gpt2"
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}, base / "model.safetensors")
+    hf_config = load_hf_config(base)
+    del hf_config["tie_word_embeddings"]
+    checkpoint, config = merged(open_checkpoint(base), open_adapter(folder), hf_config)
+    assert config["tie_word_embeddings"] is False
+    np.testing.assert_array_equal(checkpoint.read("lm_head.weight"), tensors["transformer.wte.weight"])
+
+
 @pytest.mark.parametrize("target", ["all-linear", r".*_proj", ["self_attn.q_proj", "k_proj", "v_proj", "o_proj",
                                                                "gate_proj", "up_proj", "down_proj"]])  # fmt: skip
 def test_targets_may_be_a_word_a_pattern_or_a_list(copy, target):

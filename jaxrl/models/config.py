@@ -21,8 +21,10 @@ Get = Callable[
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ROPE_SYNONYMS = {"mrope": "default", "su": "longrope"}
+_ROPE_EXAMPLE = '{"rope_type": "linear", "factor": 2.0}'
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
 _PATTERNS = {"sliding_window_pattern", "max_window_layers", "no_rope_layer_interval", "attention_types"}
@@ -214,13 +216,23 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], **run: Any) -> ModelConfig:
-        """The decoder that a `config.json` describes; `run` sets the fields that a run chooses."""
+        """The decoder that a `config.json` describes; `run` sets the fields that a run chooses.
+
+        Raises ValueError for a family that is not known, for what is not built, and for values that make no model.
+        """
         name = config.get("model_type")
         if name not in FAMILIES:
             raise ValueError(
                 f"model_type {name!r} is not a family that jaxrl knows ({', '.join(sorted(FAMILIES))}); "
                 f"config.json asks for architectures {config.get('architectures')}"
             )
+        try:
+            return cls._of_family(name, config, run)
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"config.json describes no {name} ({error!r}): fetch it again") from error
+
+    @classmethod
+    def _of_family(cls, name: str, config: Mapping[str, Any], run: Mapping[str, Any]) -> ModelConfig:
         family = FAMILIES[name]
 
         def get(key: str, default: Any = None) -> Any:
@@ -234,17 +246,17 @@ class ModelConfig:
             return default
 
         _refuse_unsupported(config)
-        heads, hidden = get("num_attention_heads"), get("hidden_size")
+        heads, hidden = _size(get, "num_attention_heads"), _size(get, "hidden_size")
         model = cls(
             family=name,
-            vocab_size=config["vocab_size"],
+            vocab_size=_size(get, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=get("intermediate_size", 4 * hidden),
-            num_layers=get("num_hidden_layers"),
+            intermediate_size=_size(get, "intermediate_size", 4 * hidden),
+            num_layers=_size(get, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=get("num_key_value_heads", heads),
-            head_dim=get("head_dim", hidden // heads),
-            max_position=get("max_position_embeddings", 2048),
+            num_kv_heads=_size(get, "num_key_value_heads", heads),
+            head_dim=_size(get, "head_dim", hidden // heads),
+            max_position=_size(get, "max_position_embeddings", 2048),
             rope=None,
             norm_eps=get("norm_eps", get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(get("tie_word_embeddings", False)),
@@ -263,6 +275,13 @@ class ModelConfig:
         interleaved = switches.pop("rope_interleaved", False)
         model = replace(model, **switches)
         return replace(_with_layers(model, config, get, interleaved), **run)
+
+
+def _size(get: Get, key: str, default: Any = None) -> int:
+    size = get(key, default)
+    if type(size) is not int or size < 1:
+        raise ValueError(f"config.json says that {key} is {size!r}, and it must be a whole number above 0")
+    return size
 
 
 def _activation(config: Mapping[str, Any], get: Get) -> Any:
@@ -374,21 +393,29 @@ def _ropes(model: ModelConfig, config: Mapping[str, Any], get: Get, interleaved:
     OLMo 3 have two, and only the first is rescaled.
     """
     found = config.get("rope_parameters") or get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"config.json says that the rope is {found!r}, and it must be an object such as {_ROPE_EXAMPLE}"
+        )
     settings = [found, found]
     if any(isinstance(value, Mapping) for value in found.values()):
         settings = [found["full_attention"], found["sliding_attention"]]
-    elif config["model_type"] in ("gemma3_text", "olmo3"):
+    elif FAMILIES[config["model_type"]].two_ropes:
         theta = get("rope_local_base_freq", found.get("rope_theta", get("rope_theta", 10_000.0)))
         settings = [found, {"rope_theta": theta}]
     everywhere, in_windows = (_rope(dict(s), model, config, get, interleaved) for s in settings)
     return everywhere, in_windows
 
 
+def rope_kind(name: str, family: str) -> str:
+    """What a rope is called now: early files have other names."""
+    if family == "phi3" and name == "yarn":
+        return "longrope"
+    return _ROPE_SYNONYMS.get(name, name)
+
+
 def _rope(settings: dict[str, Any], model: ModelConfig, config: Mapping[str, Any], get: Get, interleaved: bool) -> Rope:
-    kind = settings.get("rope_type", settings.get("type", "default"))
-    kind = _ROPE_SYNONYMS.get(kind, kind)
-    if model.family == "phi3" and kind == "yarn":  # the name of longrope in early files
-        kind = "longrope"
+    kind = rope_kind(settings.get("rope_type", settings.get("type", "default")), model.family)
     if kind not in ROPE_KINDS:
         raise ValueError(f"rope type {kind!r} is not one that jaxrl knows ({', '.join(ROPE_KINDS)})")
     rotary_dim = get("rotary_dim")

@@ -23,6 +23,8 @@ class Family(NamedTuple):
     switches: Mapping[str, Any] = {}
     spelled: Mapping[str, str] = {}
     odd_classes: Mapping[str, str] = {}  # those that transformers calls otherwise
+    two_ropes: bool = False  # layers with a window have a rope of their own, which is not rescaled
+    lacks: tuple[str, ...] = ()  # kinds of classes that transformers does not have
 
 
 _GEMMA: dict[str, Any] = {
@@ -39,6 +41,7 @@ _GPT2_SPELLED = {
 }  # fmt: skip
 _GPT2 = {"hidden_act": "gelu_new", "norm_eps": 1e-5, "tie_word_embeddings": True}
 _GPT2_SWITCHES = {"norm": "layer", "gated": False, "mlp_bias": True}
+_NO_TOKEN_CLASS = ("ForTokenClassification",)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama"),
@@ -65,9 +68,11 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "Gemma3",
         {**_GEMMA, "sliding_window": 4096, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
-         "rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "max_position_embeddings": 131_072},
+         "rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "max_position_embeddings": 131_072,
+         "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+         "num_attention_heads": 8, "num_key_value_heads": 4},
         {**_GEMMA2, "qk_norm": True}, _GEMMA_SPELLED,
-        {"Gemma3ForSequenceClassification": "Gemma3TextForSequenceClassification"},
+        {"Gemma3ForSequenceClassification": "Gemma3TextForSequenceClassification"}, two_ropes=True, lacks=_NO_TOKEN_CLASS,
     ),
     "phi3": Family("Phi3", {"sliding_window": None, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
     "smollm3": Family(
@@ -77,13 +82,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": Family(
         "Olmo2",
-        {"rms_norm_eps": 1e-5}, {"norm": "rms_float32", "norms": "output", "qk_norm": True, "qk_norm_over_heads": True}
+        {"rms_norm_eps": 1e-5}, {"norm": "rms_float32", "norms": "output", "qk_norm": True, "qk_norm_over_heads": True},
+        lacks=_NO_TOKEN_CLASS,
     ),
     "olmo3": Family(
         "Olmo3",
         {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096, "sliding_window_pattern": 4,
          "max_position_embeddings": 2048},
         {"norm": "rms_float32", "norms": "output", "qk_norm": True, "qk_norm_over_heads": True},
+        two_ropes=True, lacks=_NO_TOKEN_CLASS,
     ),
     "glm4": Family(
         "Glm4",
@@ -100,7 +107,7 @@ FAMILIES: dict[str, Family] = {
                           "original_max_position_embeddings": 4096}},
         {"norm": "rms_float32", "sinks": True, "expert_bias": True},
     ),
-    "granite": Family("Granite", {"attention_multiplier": 1.0}),
+    "granite": Family("Granite", {"attention_multiplier": 1.0}, lacks=(*_NO_TOKEN_CLASS, "ForSequenceClassification")),
     "starcoder2": Family(
         "Starcoder2",
         {"use_bias": True, "sliding_window": None, "norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh",
@@ -126,6 +133,7 @@ FAMILIES: dict[str, Family] = {
         "GPTJ",
         {**_GPT2, "tie_word_embeddings": False, "rotary_dim": 64, "max_position_embeddings": 2048},
         {**_GPT2_SWITCHES, "parallel": "one_norm", "lm_head_bias": True, "rope_interleaved": True}, _GPT2_SPELLED,
+        lacks=_NO_TOKEN_CLASS,
     ),
     "gpt2": Family(
         "GPT2",
@@ -146,12 +154,16 @@ FAMILIES: dict[str, Family] = {
         {"norm": "layer", "gated": False, "positions": "learned", "position_offset": 2},
         {"intermediate_size": "ffn_dim", "attention_bias": "enable_bias", "mlp_bias": "enable_bias",
          "hidden_act": "activation_function"},
+        lacks=_NO_TOKEN_CLASS,
     ),
     "bloom": Family(
         "Bloom",
         {"hidden_act": "gelu_new", "norm_eps": 1e-5, "tie_word_embeddings": True},
         {**_GPT2_SWITCHES, "qkv_bias": True, "o_bias": True, "positions": "alibi", "embed_norm": True},
-        {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "norm_eps": "layer_norm_epsilon",
-         "max_position_embeddings": "seq_length"},
+        {"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+         "norm_eps": "layer_norm_epsilon", "max_position_embeddings": "seq_length"},
     ),
 }  # fmt: skip
+
+# Models that see too -> the family of their language model, whose config stands in `text_config`.
+LANGUAGE_MODELS = {"gemma3": "gemma3_text"}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .config import ModelConfig
-from .layers import INIT, Dense, gated, logical, product
+from .layers import ACTIVATIONS, INIT, Dense, gated, logical, product
 from .routed import Tree, routed
 
 _SWIGLU_ALPHA = 1.702  # of gpt-oss
@@ -36,7 +36,8 @@ class MixtureOfExperts(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         weights = {"gate": self.expert_gate(), "up": self.expert_up(), "down": self.expert_down()}
         chosen, share = self._choose(self.router(x))
-        return routed(partial(expert, self.config.swiglu_limit), weights, x, chosen, share)
+        c = self.config
+        return routed(partial(expert, c.activation, c.swiglu_limit), weights, x, chosen, share)
 
     def _choose(self, logits: Float[Array, "B T E"]) -> tuple[Int[Array, "B T C"], Float[Array, "B T C"]]:
         """The experts of each token, and how much of each it takes: softmax over these, or their part of that over all."""
@@ -65,8 +66,10 @@ class Experts(nn.Module):
         return {"kernel": self.kernel, "bias": self.bias} if self.use_bias else {"kernel": self.kernel}
 
 
-def expert(swiglu_limit: float, weights: Tree, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
-    """What one expert says; its weights are without the axis E. `swiglu_limit` is gpt-oss's; 0: none."""
+def expert(activation: str, swiglu_limit: float, weights: Tree, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """What one expert says; its weights are without the axis E. `swiglu_limit` is gpt-oss's, which has an activation of
+    its own; 0: none.
+    """
 
     def through(name: str, x: Array) -> Array:
         y = cast(Array, product(x, weights[name]["kernel"], 1))
@@ -76,4 +79,4 @@ def expert(swiglu_limit: float, weights: Tree, x: Float[Array, "N D"]) -> Float[
     if swiglu_limit:
         gate, up = jnp.minimum(gate, swiglu_limit), jnp.clip(up, -swiglu_limit, swiglu_limit)
         return through("down", (up + 1) * gate * nn.sigmoid(_SWIGLU_ALPHA * gate))
-    return through("down", gated(nn.silu, gate, up))
+    return through("down", gated(ACTIVATIONS[activation], gate, up))

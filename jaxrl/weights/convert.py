@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..host_memory import give_back_freed_memory
 from ..models.decoder import abstract_params
 from ..parallel import make_mesh, with_shardings
 from .folder import both_spellings, new_folder, refuse_existing, write_json
@@ -23,8 +24,11 @@ from .peft import Adapter
 from .peft_tree import carry_adapter_config, write_adapter
 from .safetensors_writer import TensorSpec, dtype_named
 from .source import Options, Source, open_adapter_source, open_source
+from .stored import cast
 from .verify import verify_adapter, verify_logits, verify_tensors
 from .write import Manifest, write_model
+
+_LARGE = 1 << 24  # bytes of an array around which it is worth the time to give memory back
 
 FORMATS = ("hf", "orbax", "peft")
 Progress = Callable[[str, int, int], None]  # name of the tensor, bytes until now, bytes in all
@@ -117,7 +121,7 @@ def _stream(model: Source, specs: list[TensorSpec], progress: Progress) -> Itera
     for spec in specs:
         tensor = model.checkpoint.read(spec.name)
         _check_finite(tensor, spec.name, model)
-        yield spec.name, tensor.astype(spec.dtype, copy=False)
+        yield spec.name, cast(tensor, spec.dtype, f"{model.name}: tensor {spec.name}")
         done += spec.nbytes
         progress(spec.name, done, total)
 
@@ -153,10 +157,15 @@ def _write_orbax(
     def stream() -> Iterator[tuple[str, Any]]:
         done = 0
         for row, spec in zip(table, arrays, strict=True):
+            is_large = spec.nbytes >= _LARGE
+            if is_large:
+                give_back_freed_memory()
             array = load_array(model.checkpoint, row, wanted[row.ours], sizes, True)
-            for _ in manifest.recorded([(row.ours, np.asarray(array))]):
-                pass
+            if is_large:
+                give_back_freed_memory()
+            manifest.record(row.ours, _parts(array, row.stacked))
             yield row.ours, array
+            del array  # before the next one is read: the largest arrays are those of all layers
             done += spec.nbytes
             progress(row.ours, done, total)
 
@@ -175,9 +184,16 @@ def _write_peft(adapter: Adapter, source: str, out: Path, dtype: str | None, ver
         tensor = checkpoint.read(name)
         if not np.isfinite(tensor).all():
             raise ValueError(f"{source}: tensor {name} holds NaN or infinite numbers")
-        tensors[name] = np.ascontiguousarray(tensor.astype(stored.dtype if dtype is None else dtype_named(dtype)))
+        wanted = stored.dtype if dtype is None else dtype_named(dtype)
+        tensors[name] = np.ascontiguousarray(cast(tensor, wanted, f"{source}: tensor {name}"))
     with new_folder(out) as folder:
         carry_adapter_config(folder, adapter)
         write_adapter(folder, tensors, source=source)
         if verify:
             verify_adapter(folder, adapter)
+
+
+def _parts(array: jax.Array, is_stacked: bool) -> Iterator[np.ndarray]:
+    """The array on the host, layer by layer where it has layers."""
+    for index in range(array.shape[0]) if is_stacked else [...]:
+        yield np.asarray(array[index])

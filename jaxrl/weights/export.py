@@ -6,6 +6,7 @@ next one, so that a host holds one tensor. The publisher of weights uses the sam
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from .hf_names import Row, axis_sizes, class_of, embedding_of, flatten, head_of,
 from .prefixes import with_expected_names
 from .pretrained import Pretrained, open_pretrained
 from .safetensors_writer import TensorSpec, dtype_named
-from .stored import Checkpoint
+from .stored import Checkpoint, cast
 from .write import write_model
 
 Tree = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 def hf_tensors(
@@ -90,7 +92,8 @@ def export_hf(
 
     Everything but the weights comes from `source_folder`, the model that training began from (a folder, or opened); so
     does the dtype of each tensor, unless `dtype` names one for all. A tree with a `score` head is written as
-    ForTokenClassification where the head has a bias (as verl keeps a critic), else as ForSequenceClassification.
+    ForTokenClassification where the head has a bias (as verl keeps a critic), else as ForSequenceClassification; where
+    transformers has no such class, config.json names none and the log says so.
     `out_dir` appears when it is complete; what is already there is refused, or with `overwrite` kept until then.
     """
     source = source_folder if isinstance(source_folder, Pretrained) else open_pretrained(source_folder)
@@ -100,7 +103,7 @@ def export_hf(
     specs = _specs(config, head_of(params, config), source, dtype)
     dtypes = {spec.name: spec.dtype for spec in specs}
     tensors = hf_tensors(params, config, lora=lora, packed=packed)
-    stream = ((name, tensor.astype(dtypes[name], copy=False)) for name, tensor in tensors)
+    stream = ((name, cast(tensor, dtypes[name], f"the trained tensor {name}")) for name, tensor in tensors)
     if jax.process_index() == 0:
         hf_config = config_for_head(source.hf_config, config, head_of(params, config))
         write_model(
@@ -145,7 +148,13 @@ def config_for_head(hf_config: Mapping[str, Any], config: ModelConfig, head: str
     if head == "lm":
         return {**hf_config, "architectures": [class_of(config.family, "ForCausalLM")]}
     kind = "ForTokenClassification" if config.score_bias else "ForSequenceClassification"
-    out = {**hf_config, "architectures": [class_of(config.family, kind)]}
+    name = class_of(config.family, kind)
+    if name is None:
+        _log.warning(
+            "transformers has no class %s of family %s: config.json names none, and jaxrl alone reads this head",
+            kind, config.family,
+        )  # fmt: skip
+    out = {**hf_config, "architectures": [] if name is None else [name]}
     out.pop("num_labels", None)  # transformers counts id2label
     if len(out.get("id2label") or ()) != config.num_labels:
         out["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.num_labels)}

@@ -33,6 +33,7 @@ class FamilyNames(NamedTuple):
     fused: Mapping[str, str] = {}
     conv1d: bool = False  # matrices are stored [in, out]
     stacked_experts: bool = False  # all experts in one tensor
+    token_head: str = "score"  # the head of its ForTokenClassification
 
     def of(self, module: str) -> str:
         return self.renamed.get(module) or _LLAMA.get(module, module)
@@ -97,6 +98,7 @@ FAMILY_NAMES = {
             "mlp.down_proj": "mlp.dense_4h_to_h",
         },
         dict.fromkeys(_QKV, "heads"),
+        token_head="classifier",
     ),
     "phi": FamilyNames(
         {
@@ -125,6 +127,7 @@ FAMILY_NAMES = {
         },
         dict.fromkeys(_QKV, "rows"),
         conv1d=True,
+        token_head="classifier",
     ),
     "gpt_neo": FamilyNames(
         {
@@ -134,6 +137,7 @@ FAMILY_NAMES = {
             "mlp.up_proj": "mlp.c_fc",
             "mlp.down_proj": "mlp.c_proj",
         },
+        token_head="classifier",
     ),
     "opt": FamilyNames(
         {
@@ -162,5 +166,6 @@ FAMILY_NAMES = {
             "mlp.down_proj": "mlp.dense_4h_to_h",
         },
         dict.fromkeys(_QKV, "heads"),
+        token_head="classifier",
     ),
 }

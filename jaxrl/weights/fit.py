@@ -6,6 +6,7 @@ only a table of constants is left out. The rest must be exactly the tensors of t
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection
 
@@ -13,9 +14,8 @@ import numpy as np
 
 from ..models.config import ModelConfig
 from .bnb import dequantized, packed_tensors
-from .folder import load_hf_config
-from .heads import OUTPUTS, VALUE_HEADS, find_head, unknown_head, with_score
-from .hf_names import IGNORED, HfTensor, embedding_of, in_order
+from .heads import OUTPUTS, VALUE_HEADS, find_head, unknown_head, with_head_as
+from .hf_names import IGNORED, HfTensor, embedding_of, in_order, score_module
 from .prefixes import with_expected_names
 from .stored import Checkpoint
 
@@ -52,9 +52,8 @@ def fitted(
         )
     expected = {tensor.name: tensor for tensor in in_order(config, head)}
     if head == "score" and config.module is None:
-        hf_config = load_hf_config(checkpoint.folder) if (checkpoint.folder / "config.json").is_file() else {}
-        found = find_head(checkpoint, hf_config, path=head_path)
-        checkpoint = with_score(checkpoint, found) if found else checkpoint
+        found = find_head(checkpoint, json.loads(config.hf_json or "{}"), path=head_path)
+        checkpoint = with_head_as(checkpoint, found, score_module(config)) if found else checkpoint
     needed = {
         name for name, tensor in expected.items() if any(row.ours not in allow_missing for row, _ in tensor.parts)
     }
@@ -73,9 +72,11 @@ def _check_coverage(
     if missing:
         raise ValueError(f"{checkpoint.folder} lacks {_named('tensor', missing)} that this model needs {model}")
     extra = [name for name in stored if name not in expected and not IGNORED.search(name)]
+    if head == "score":  # a critic drops the output of its language model
+        extra = [name for name in extra if name.rpartition(".")[0] not in OUTPUTS]
     for output in [name for name in extra if name.removesuffix(".weight") in OUTPUTS]:
-        extra.remove(output)  # a critic drops it; a tied model may only repeat its embedding there
-        if head == "lm" and not _equal(checkpoint, output, embedding_of(config)):
+        extra.remove(output)  # a tied model may only repeat its embedding there
+        if not _equal(checkpoint, output, embedding_of(config)):
             raise ValueError(
                 f"{checkpoint.folder}: tensor {output} differs from {embedding_of(config)}, and config.json says that "
                 "they are tied: set tie_word_embeddings to false there"

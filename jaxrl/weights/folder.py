@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
+import os
+import re
 import shutil
+import socket
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..models.config import rope_kind
+from ..models.families import FAMILIES, LANGUAGE_MODELS
 
 _LIBC = ctypes.CDLL(None)
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag, of Linux
@@ -18,9 +26,22 @@ _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag, of Linux
 _ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rope_local_base_freq")
 _OUTSIDE_LONGROPE = ("original_max_position_embeddings", "partial_rotary_factor")
 
-# Families with a rope for each kind of layer -> the bases that a file of transformers 4 leaves out: full attention, and
-# sliding attention (None: the same).
-_THETAS_BY_LAYER = {"gemma3_text": (1_000_000.0, 10_000.0), "olmo3": (10_000.0, None)}
+# What a nested config leaves out where it is the default, and what stands beside it and is true of it.
+_SIZES = (
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
+    *("head_dim", "max_position_embeddings"),
+)
+_OF_BOTH = (
+    *("architectures", "tie_word_embeddings", "quantization_config", "dtype", "torch_dtype", "value_head_prefix"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "num_labels", "id2label", "label2id", "transformers_version"),
+)
 
 # What stands beside the weights and is carried over unchanged by an export.
 COMPANIONS = (
@@ -41,7 +62,7 @@ COMPANIONS = (
 
 
 def load_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The `config.json` of a folder, as it stands there."""
+    """The `config.json` of a folder, as it stands there; of a model that sees too, that of its language model."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json: name a Hugging Face folder or a .gguf file")
@@ -51,7 +72,17 @@ def load_hf_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch the checkpoint again") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__} where an object is expected")
-    return config
+    return text_config(config)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the language model in a model that sees too, complete by itself; any other config as it is."""
+    family = LANGUAGE_MODELS.get(str(config.get("model_type")))
+    if family is None:
+        return dict(config)
+    sizes = {key: FAMILIES[family].defaults[key] for key in _SIZES if key in FAMILIES[family].defaults}
+    outside = {key: value for key, value in config.items() if key in _OF_BOTH}
+    return {**sizes, **(config.get("text_config") or {}), **outside, "model_type": family}
 
 
 def both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -85,16 +116,16 @@ def both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def _from_version_4(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = dict(config.get("rope_scaling") or {})
-    kind = scaling.pop("type", "default")
-    parameters = {"rope_type": kind, **scaling}
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    parameters = {**scaling, "rope_type": rope_kind(kind, str(config.get("model_type")))}
     if config.get("rope_theta") is not None:
         parameters["rope_theta"] = config["rope_theta"]
     family = str(config.get("model_type"))
-    if family not in _THETAS_BY_LAYER:
+    if family not in FAMILIES or not FAMILIES[family].two_ropes:
         return parameters
-    theta, local = _THETAS_BY_LAYER[family]
-    parameters.setdefault("rope_theta", theta)
-    local = config.get("rope_local_base_freq", local or parameters["rope_theta"])
+    defaults = FAMILIES[family].defaults
+    theta = parameters.setdefault("rope_theta", defaults["rope_theta"])
+    local = config.get("rope_local_base_freq", defaults.get("rope_local_base_freq", theta))
     return {"full_attention": parameters, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
 
 
@@ -121,14 +152,15 @@ def refuse_existing(folder: Path) -> None:
 def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill that takes its name, `folder`, when all of it is there; on an error nothing is left.
 
-    With `overwrite`, what stood there before survives until the new folder is complete.
+    With `overwrite`, what stood there before survives until the new folder is complete. What a process that was killed on
+    this host has left of the same folder is removed.
     """
     folder = Path(folder)
     if not overwrite:
         refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
+    _remove_leftovers(folder)
+    partial, lock = _locked_partial(folder)
     try:
         yield partial
         if overwrite and folder.exists():
@@ -137,7 +169,52 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
             refuse_existing(folder)  # another process may have finished first
             partial.rename(folder)
     finally:
+        os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _locked_partial(folder: Path) -> tuple[Path, int]:
+    """A new folder beside `folder`, and a lock on it that the system frees when this process ends."""
+    while True:
+        partial = folder.parent / f".{folder.name}.{_host()}-{uuid.uuid4().hex[:8]}.partial"
+        partial.mkdir()
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # another process has taken it for a leftover
+            continue
+        if _lock(lock) is not False and partial.is_dir():
+            return partial, lock
+        os.close(lock)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.{_host()}-[0-9a-f]{{8}}\.partial")
+    for partial in folder.parent.iterdir():
+        if not pattern.fullmatch(partial.name):
+            continue
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # its process has just finished
+            continue
+        if _lock(lock):
+            shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(file: int) -> bool | None:
+    """Whether the file could be locked; None where the disk has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _host() -> str:
+    """This host in eight letters: on a shared disk a lock may be seen on the host alone that holds it."""
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 def _exchange(first: Path, second: Path) -> None:

@@ -7,6 +7,7 @@ is, the result is one `Checkpoint` with torch's names and layouts. `load.py` and
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ from safetensors import SafetensorError, safe_open
 
 from .block_scaled import as_bfloat16
 from .flax_msgpack import is_flax_layout, open_msgpack, to_torch_layout
+from .heads import OUTPUTS
+from .hf_names import IGNORED
 from .orbax_folder import PARAMS, is_orbax, open_converted
+from .prefixes import language_model_of, with_expected_names
 from .safetensors_writer import DTYPES
 from .stored import Checkpoint, StoredTensor
 from .torch_bin import LEGACY_MAGIC, open_torch_bin
 
 # What a folder may hold, the first being preferred: its weights in several files (by the index) or in one.
 SOURCES = ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+
+_log = logging.getLogger(__name__)
 
 _ROWS_COMPARED = 4  # of each tensor, where a folder holds the same model twice
 
@@ -66,22 +72,24 @@ def kind_of(path: Path) -> str:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open the weights of a folder, or of one file, and check that files, index and headers agree. Nothing is read.
 
-    Raises ValueError where a folder holds the model twice and the two differ.
+    Of a model that sees too, the tensors are those of its language model. Raises ValueError where a folder holds the
+    model twice and the two differ.
     """
     path = Path(path)
     if path.is_file():
-        return _open_files(path.parent, [path.name], None)
+        return language_model_of(_open_files(path.parent, [path.name], None))
     if is_orbax(path / PARAMS):
         return open_converted(path)
     found = [name for name in SOURCES for name in (f"{name}.index.json", name) if (path / name).is_file()]
     if not found:
-        return _open_files(path, [_only_file(path)], None)
+        return language_model_of(_open_files(path, [_only_file(path)], None))
     if len(found) > 1:  # of a repository that has several kinds, often one is fetched, and the index of another with it
         found = [name for name in found if not _is_index_alone(path / name)] or found
+        found = [name for name in found if not _is_for_torch_alone(path / name)] or found
     opened = [_open_source(path / name) for name in found]
     for name, other in zip(found[1:], opened[1:], strict=True):
         _check_same_model(opened[0], other, found[0], name)
-    return opened[0]
+    return language_model_of(opened[0])
 
 
 def _open_source(path: Path) -> Checkpoint:
@@ -188,6 +196,17 @@ def _is_index_alone(path: Path) -> bool:
     return not any(path.parent.glob(f"{stem}-*.{suffix}"))
 
 
+def _is_for_torch_alone(path: Path) -> bool:
+    """Whether this is PyTorch's format from before its version 1.6: no reason to need torch, where another is there."""
+    files = [path] if path.suffix != ".json" else [path.parent / name for name in set(_weight_map(path).values())]
+    for file in files:
+        with open(file, "rb") as opened:
+            if opened.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
+                _log.info("%s is in PyTorch's format from before version 1.6, and is left aside for another", file)
+                return True
+    return False
+
+
 def _only_file(folder: Path) -> str:
     """The one file of weights in a folder that has none under a usual name."""
     if not folder.is_dir():
@@ -215,13 +234,19 @@ def _only_file(folder: Path) -> str:
 
 
 def _check_same_model(first: Checkpoint, second: Checkpoint, name: str, other: str) -> None:
-    """The same model twice in a folder must be the same: names, shapes and, of each tensor, the first and last rows."""
+    """The same model twice in a folder must be the same: names, shapes and, of each tensor, the first and last rows.
+
+    What loading ignores is ignored here too: buffers that some files have, an output that repeats the embedding, prefixes.
+    """
+    first, second = _compared(first), _compared(second)
+    second = with_expected_names(second, _inside(first))
+    first = with_expected_names(first, _inside(second))
 
     def differ(what: str) -> ValueError:
         return ValueError(f"{first.folder} holds {name} and {other}, which differ: {what}; remove the wrong one")
 
     for tensor in sorted(first.tensors.keys() ^ second.tensors.keys()):
-        if tensor.split(".")[-1] != "inv_freq" and not tensor.startswith("lm_head."):  # stored by some, though tied
+        if not tensor.startswith(OUTPUTS):  # stored by some, though tied
             raise differ(f"tensor {tensor} is only in {name if tensor in first.tensors else other}")
     shared = [tensor for tensor in first.tensors if tensor in second.tensors]
     for tensor in shared:
@@ -238,3 +263,14 @@ def _check_same_model(first: Checkpoint, second: Checkpoint, name: str, other: s
             rounding = 0.0 if one.dtype == two.dtype else 2.0**-7  # bfloat16 has 8 bits
             if not np.allclose(a, b, rtol=rounding, atol=rounding / 128, equal_nan=True):
                 raise differ(f"tensor {tensor} has other numbers")
+
+
+def _compared(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint.with_tensors({
+        name: checkpoint.stored(name) for name in checkpoint.tensors if not IGNORED.search(name)
+    })  # fmt: skip
+
+
+def _inside(checkpoint: Checkpoint) -> set[str]:
+    """The names that a model must have, whether it stores its output or not."""
+    return {name for name in checkpoint.tensors if not name.startswith(OUTPUTS)}

@@ -21,10 +21,10 @@ import numpy as np
 
 from ..models.config import ModelConfig
 from .folder import write_json
-from .gguf_tokenizer import write_tokenizer
+from .gguf_tokenizer import needed_keys, write_tokenizer
 from .hf_names import axis_sizes, class_of, rows
 from .safetensors_writer import TensorSpec, dtype_named
-from .stored import Checkpoint, Index, StoredTensor
+from .stored import Checkpoint, Index, StoredTensor, cast
 from .write import write_model
 
 _CACHE_VERSION = 1  # counts changes of what a conversion writes: folders of another version are not used
@@ -50,15 +50,13 @@ NAMES = {
     "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
 }
 
-# Metadata without which there is no model; the first group stands under the name of the architecture.
+_LLAMA3_CONTEXT = 8192  # of Llama 3, before it was stretched
+_ROPE_FACTORS = "rope_freqs.weight"  # what each rotary frequency is divided by
+
+# Metadata without which there is no model, under the name of the architecture.
 _NEEDED = (
     *("block_count", "embedding_length", "feed_forward_length", "context_length", "attention.head_count"),
-    *(
-        "attention.layer_norm_rms_epsilon",
-        "tokenizer.ggml.tokens",
-        "tokenizer.ggml.merges",
-        "tokenizer.ggml.token_type",
-    ),
+    "attention.layer_norm_rms_epsilon",
 )
 
 
@@ -121,7 +119,9 @@ def open_gguf(path: str | Path) -> GgufModel:
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     quantised = {tensor.name: tensor for tensor in reader.tensors}
     shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in quantised.items()}
-    config = hf_config(metadata, shapes, path)
+    rope_factors = quantised.pop(_ROPE_FACTORS, None)
+    shapes.pop(_ROPE_FACTORS, None)
+    config = hf_config(metadata, shapes, path, None if rope_factors is None else np.asarray(rope_factors.data))
     _check_shapes(config, shapes, path)
     tensors = {}
     for name, shape in shapes.items():
@@ -139,27 +139,38 @@ def convert_gguf(path: str | Path, out_dir: str | Path, *, dtype: str = "float32
     model = open_gguf(path)
     tensors = model.checkpoint.tensors
     specs = [TensorSpec(name, tensor.shape, dtype_named(dtype)) for name, tensor in tensors.items()]
-    stream = ((spec.name, model.checkpoint.read(spec.name).astype(spec.dtype, copy=False)) for spec in specs)
+    stream = (
+        (spec.name, cast(model.checkpoint.read(spec.name), spec.dtype, f"{path}: tensor {spec.name}")) for spec in specs
+    )
     write_model(
         Path(out_dir), model.hf_config, specs, stream, source=Path(path).name, companions=model.write_companions
     )
 
 
-def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
-    """What `config.json` says about the model that a GGUF file's metadata describes."""
+def hf_config(
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: Path,
+    rope_factors: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """What `config.json` says about the model that a GGUF file's metadata describes.
+
+    `rope_factors` is what the file divides each rotary frequency by, where it does.
+    """
     arch = metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise ValueError(
             f"{path} holds a model of architecture {arch!r}; jaxrl reads {', '.join(ARCHITECTURES)} from GGUF"
         )
-    absent = [key for key in _NEEDED if not {key, f"{arch}.{key}"} & metadata.keys()]
+    absent = [key for key in _NEEDED if f"{arch}.{key}" not in metadata]
+    absent += [key for key in needed_keys(metadata) if key not in metadata]
     absent += [name for name in ("token_embd.weight",) if name not in shapes]
     if absent:
         raise ValueError(f"{path} lacks {', '.join(absent)}: it is not a complete model")
-    if "rope_freqs.weight" in shapes or metadata.get(f"{arch}.rope.scaling.type", "none") not in ("none", "linear"):
+    if metadata.get(f"{arch}.rope.scaling.type", "none") not in ("none", "linear"):
         raise ValueError(
-            f"{path} rescales its rotary frequencies in a way that GGUF does not record for config.json "
-            "(Llama 3.1 and yarn do): use the model's safetensors folder"
+            f"{path} rescales its rotary frequencies by {metadata[f'{arch}.rope.scaling.type']!r}, which is not read from "
+            "GGUF: use the model's safetensors folder"
         )
 
     def get(key: str, default: Any = None) -> Any:
@@ -188,11 +199,28 @@ def hf_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
     if get("rope.scaling.type") == "linear":
         config["rope_scaling"] = {"rope_type": "linear", "factor": get("rope.scaling.factor")}
+    if rope_factors is not None and (rope_factors != 1).any():
+        config["rope_scaling"] = _llama3_scaling(rope_factors, config, path)
     for name in ("bos", "eos", "padding"):
         token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if token_id is not None:
             config[f"{name.replace('padding', 'pad')}_token_id"] = token_id
     return config
+
+
+def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of Llama 3.1 to 3.3 whose factors these are. Raises ValueError where it is no such model."""
+    settings = {"factor": round(float(factors.max()), 3), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    settings["original_max_position_embeddings"] = _LLAMA3_CONTEXT
+    wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(0, config["head_dim"], 2) / config["head_dim"])
+    smooth = np.clip((_LLAMA3_CONTEXT / wavelengths - 1.0) / (4.0 - 1.0), 0, 1)
+    expected = 1 / ((1 - smooth) / settings["factor"] + smooth)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5):
+        raise ValueError(
+            f"{path}: {_ROPE_FACTORS} does not hold the factors of Llama 3.1 to 3.3, and what else they may be config.json "
+            "cannot say: use the model's safetensors folder"
+        )
+    return {"rope_type": "llama3", **settings}
 
 
 def _decimal(value: float) -> float:

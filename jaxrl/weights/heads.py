@@ -1,7 +1,8 @@
-"""The head of a reward model or critic: found under the names that people give it, loaded and exported as `score`.
+"""The head of a reward model or critic: found under the names that people give it, exported under transformers' name.
 
-transformers' classification models call it `score`, TRL `v_head.summary`, OpenRLHF whatever `value_head_prefix` of
-`config.json` says. A head under another name is reported with its shape, to be named by `head.path`.
+transformers' classification models call it `score` or `classifier`, TRL `v_head.summary`, OpenRLHF whatever
+`value_head_prefix` of `config.json` says. A head under another name is reported with its shape, to be named by
+`head.path`.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def find_head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], *, path: str
     return _linear(checkpoint, found[0], hf_config) if found else None
 
 
-def with_score(checkpoint: Checkpoint, head: FoundHead) -> Checkpoint:
-    """The checkpoint with its head under the name `score`."""
-    return checkpoint.renamed({f"{head.path}.{part}": f"score.{part}" for part in ("weight", "bias")})
+def with_head_as(checkpoint: Checkpoint, head: FoundHead, module: str) -> Checkpoint:
+    """The checkpoint with its head under the name `module`."""
+    return checkpoint.renamed({f"{head.path}.{part}": f"{module}.{part}" for part in ("weight", "bias")})
 
 
 def unknown_head(checkpoint: Checkpoint, extra: list[str]) -> str | None:

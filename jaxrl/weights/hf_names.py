@@ -29,8 +29,13 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
 
 
-def class_of(family: str, kind: str) -> str:
-    """The name that transformers has for a family's class: `kind` is ForCausalLM, ForTokenClassification ..."""
+def class_of(family: str, kind: str) -> str | None:
+    """The name that transformers has for a family's class: `kind` is ForCausalLM, ForTokenClassification ...
+
+    None where it has no such class.
+    """
+    if kind in FAMILIES[family].lacks:
+        return None
     name = FAMILIES[family].classes + kind
     return FAMILIES[family].odd_classes.get(name, name)
 
@@ -265,6 +270,12 @@ def embedding_of(config: ModelConfig) -> str:
     return next(row.hf for row in rows(config) if row.ours == "embed_tokens.embedding")
 
 
+def score_module(config: ModelConfig) -> str:
+    """What transformers calls a score head: that with a bias is of ForTokenClassification."""
+    (name,) = (row.hf for row in rows(replace(config, module=None), head="score") if row.ours == "score.kernel")
+    return name.removesuffix(".weight")
+
+
 def head_of(params: Mapping[str, Any], config: ModelConfig) -> str:
     """Which head a tree of parameters carries."""
     return "score" if config.module or "score" in params else "lm"
@@ -408,9 +419,9 @@ def _lm_rows(config: ModelConfig, names: FamilyNames) -> list[Row]:
 
 
 def _score_rows(config: ModelConfig, names: FamilyNames) -> list[Row]:
-    del names  # the same everywhere
-    kernel = Row("score.kernel", "score.weight", "c w -> w c")
-    return [kernel, Row("score.bias", "score.bias", "c -> c")] if config.score_bias else [kernel]
+    head = names.token_head if config.score_bias else "score"
+    kernel = Row("score.kernel", f"{head}.weight", "c w -> w c")
+    return [kernel, Row("score.bias", f"{head}.bias", "c -> c")] if config.score_bias else [kernel]
 
 
 HEADS = {"lm": _lm_rows, "score": _score_rows}

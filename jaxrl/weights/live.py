@@ -24,17 +24,18 @@ from ..parallel import make_mesh, with_shardings
 from .bnb import dequantized, dequantized_config
 from .export import config_for_head, hf_tensors
 from .fit import fitted
-from .folder import write_json
+from .folder import text_config, write_json
 from .hf_names import axis_sizes, flatten, head_of, in_order, is_packed, rows, unflatten
 from .load import load_params
 from .packed import load_packed, packed_kernels
-from .peft import Adapter, adapter_from
+from .peft import Adapter, adapter_from, with_head_of
 from .peft_config import AdapterConfig
 from .peft_tree import load_lora, lora_settings
+from .prefixes import language_model_of
 from .pretrained import Pretrained, open_pretrained
 from .safetensors_writer import TensorSpec, dtype_named
 from .source import Options, which_head
-from .stored import Checkpoint, Index, StoredTensor
+from .stored import Checkpoint, Index, StoredTensor, cast
 from .write import write_model
 
 if TYPE_CHECKING:
@@ -60,30 +61,43 @@ class LoadedModel:
 
 
 def from_hf(
-    source: Any, *, adapter: str | Path | None = None, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None
+    source: Any,
+    *,
+    adapter: str | Path | None = None,
+    head: str | None = None,
+    head_path: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
 ) -> LoadedModel:
     """Load a model: a local path or Hub id of any kind that is read here (torch is not needed), or a live torch model.
 
     An adapter (a PEFT folder, a `PeftModel`, or `adapter` on top of `source`) comes back as `lora`, 4-bit kernels of
-    bitsandbytes as `packed`. `dtype` is one for all numbers, by default each array has that of its tensor. `mesh` splits
-    the arrays; without it they lie on one device.
+    bitsandbytes as `packed`. `head`, lm or score, says which is meant where the model has both; `head_path` is the module
+    of a score head that is under none of the usual names. `dtype` is one for all numbers, by default each array has that
+    of its tensor. `mesh` splits the arrays; without it they lie on one device.
     """
-    opened = open_model(source, adapter)
-    head, settings = which_head(opened.checkpoint, opened.hf_config, Options())
+    opened, options = open_model(source, adapter), Options(head=head, head_path=head_path)
+    if opened.adapter is not None:
+        checkpoint, rest = with_head_of(opened.checkpoint, opened.adapter)
+        opened, options = (
+            replace(opened, checkpoint=checkpoint, adapter=rest),
+            replace(options, head=head or rest.config.head),
+        )
+    head, settings = which_head(opened.checkpoint, opened.hf_config, options)
     config = ModelConfig.from_hf(opened.hf_config, **settings)
     if opened.adapter is not None:
         config = replace(config, **lora_settings(opened.adapter, config))
     if head == "lm":
         config = replace(config, packed=packed_kernels(opened.checkpoint, config))
     shapes, axes = abstract_params(config, head)
-    dtypes = _dtypes(opened.checkpoint, config, head, dtype)
+    dtypes = _dtypes(opened.checkpoint, config, head, head_path, dtype)
     shapes["params"] = unflatten({
         ours: jax.ShapeDtypeStruct(struct.shape, dtypes[ours]) for ours, struct in flatten(shapes["params"])
     })  # fmt: skip
     mesh = make_mesh(1, 1, 1) if mesh is None else mesh
     wanted = {name: with_shardings(mesh, shapes[name], axes[name]) for name in shapes}
     return LoadedModel(
-        params=load_params(opened.checkpoint, config, wanted["params"], dequantize=True),
+        params=load_params(opened.checkpoint, config, wanted["params"], dequantize=True, head_path=head_path),
         config=config,
         lora=None if opened.adapter is None else load_lora(opened.adapter, config, wanted["lora"]),
         packed=None if config.packed is None else load_packed(opened.checkpoint, config, wanted["packed"]),
@@ -113,9 +127,13 @@ def to_hf(
         specs.append(TensorSpec(tensor.name, tensor.shape, np.dtype(kept) if dtype is None else dtype_named(dtype)))
     hf_config = config_for_head(json.loads(config.hf_json), config, head)
     tensors = (
-        (spec.name, np.ascontiguousarray(tensor.astype(spec.dtype, copy=False)))
+        (spec.name, np.ascontiguousarray(cast(tensor, spec.dtype, f"tensor {spec.name}")))
         for spec, (_, tensor) in zip(specs, hf_tensors(params, config, lora=lora, packed=packed), strict=True)
     )
+    if out_dir is None and not hf_config["architectures"]:
+        raise ValueError(
+            f"transformers has no class for a {config.family} with this head: name out_dir, to have a folder that jaxrl reads"
+        )
     if out_dir is None:
         return _torch_model(hf_config, tensors, specs[0].dtype.name)
     write_model(Path(out_dir), hf_config, specs, tensors, source="jaxrl.to_hf", companions=lambda folder: None)
@@ -147,11 +165,13 @@ def with_tokenizer(source: Pretrained, tokenizer: PreTrainedTokenizerBase) -> Pr
     return replace(source, write_companions=write)
 
 
-def _dtypes(checkpoint: Checkpoint, config: ModelConfig, head: str, dtype: str | None) -> dict[str, np.dtype]:
+def _dtypes(
+    checkpoint: Checkpoint, config: ModelConfig, head: str, head_path: str | None, dtype: str | None
+) -> dict[str, np.dtype]:
     """The dtype of each array of "params"."""
     if dtype is not None:
         return {row.ours: dtype_named(dtype) for row in rows(config, head=head)}
-    tensors = fitted(dequantized(checkpoint), config, head).tensors
+    tensors = fitted(dequantized(checkpoint), config, head, head_path=head_path).tensors
     return {row.ours: tensors[row.hf_names(axis_sizes(config))[0]].dtype for row in rows(config, head=head)}
 
 
@@ -175,8 +195,8 @@ def _open_torch(model: Any) -> Pretrained:
 
     return Pretrained(
         name=name,
-        checkpoint=_as_checkpoint(_state_dict(base), name),
-        hf_config=dequantized_config(json.loads(base.config.to_json_string(use_diff=False))),
+        checkpoint=language_model_of(_as_checkpoint(_state_dict(base), name)),
+        hf_config=dequantized_config(text_config(json.loads(base.config.to_json_string(use_diff=False)))),
         generation_config={} if generation is None else generation.to_dict(),
         write_companions=write_companions,
         tokenizer=None,

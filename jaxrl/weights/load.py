@@ -20,7 +20,7 @@ from .folder import load_hf_config
 from .formats import open_checkpoint
 from .hf_names import Row, axis_sizes, flatten, head_of, is_packed, rows, unflatten
 from .locate import resolve
-from .stored import Checkpoint, Index, StoredTensor
+from .stored import Checkpoint, Index, StoredTensor, cast
 
 Tree = dict[str, Any]
 
@@ -99,7 +99,8 @@ def _read_slice(
         if check_finite and not np.isfinite(piece).all():
             count = np.count_nonzero(~np.isfinite(piece))
             raise ValueError(f"{checkpoint.folder}: tensor {name} holds {count} NaN or infinite numbers")
-        out[position] = row.to_ours(piece, inner, sizes)
+        ours = row.to_ours(piece, inner, sizes)
+        out[position] = cast(ours, out.dtype, f"{checkpoint.folder}: tensor {name}") if check_finite else ours
     return out
 
 

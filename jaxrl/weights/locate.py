@@ -6,18 +6,21 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .formats import kind_of
 from .gguf import cached_hf_folder
 from .quickstart import QUICKSTART, quickstart_model
 
-# Of a repository on the Hub: what stands beside the weights, and the first kind of weights that it has. The rest
-# (originals in other layouts, the same model again, pictures) is not fetched.
+# Of a repository on the Hub, at its root: what stands beside the weights, and the first kind of weights that it has. The
+# rest (originals in other layouts, the same model again in folders of its own, pictures) is not fetched.
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model")
 _HUB_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "flax_model*.msgpack", "adapter_model.bin")
-_HUB_SKIPPED = ("consolidated*", "original/*", "onnx/*")
+_HUB_SKIPPED = "consolidated*"
+_HUB_FOLDER = "additional_chat_templates"
 
 
 def resolve(path_or_id: str | Path) -> Path:
@@ -51,6 +54,14 @@ def fetch_model(path_or_id: str | Path) -> Path:
     return _download(str(path_or_id))
 
 
+def _wanted(stored: Sequence[str]) -> list[str]:
+    """Of the files of a repository those that are fetched."""
+    root = [name for name in stored if "/" not in name and not fnmatch.fnmatchcase(name, _HUB_SKIPPED)]
+    weights = next((kind for kind in _HUB_WEIGHTS if fnmatch.filter(root, kind)), _HUB_WEIGHTS[0])
+    fetched = [name for name in root if any(fnmatch.fnmatchcase(name, kind) for kind in (*_HUB_FILES, weights))]
+    return [*fetched, *(name for name in stored if name.startswith(f"{_HUB_FOLDER}/"))]
+
+
 def _download(model_id: str) -> Path:
     import httpx
     from huggingface_hub import HfApi, constants, snapshot_download
@@ -59,11 +70,11 @@ def _download(model_id: str) -> Path:
     failures = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError)
     try:
         stored = HfApi().list_repo_files(model_id)
-        weights = [next((kind for kind in _HUB_WEIGHTS if fnmatch.filter(stored, kind)), _HUB_WEIGHTS[0])]
+        wanted = [glob.escape(name) for name in _wanted(stored)]
     except failures:  # without a network, what was fetched before is taken; without that, the next call says why
-        weights = list(_HUB_WEIGHTS)
+        wanted = [*_HUB_FILES, *_HUB_WEIGHTS]
     try:
-        folder = snapshot_download(model_id, allow_patterns=[*_HUB_FILES, *weights], ignore_patterns=list(_HUB_SKIPPED))
+        folder = snapshot_download(model_id, allow_patterns=wanted)
     except failures as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

@@ -92,14 +92,17 @@ def save_arrays(path: Path, arrays: Iterator[tuple[str, jax.Array]], stacked: Co
     from orbax.checkpoint import v1 as ocp
 
     for name, array in arrays:
+        tree, shard = unflatten({name: array}), array.sharding.shard_shape(array.shape)
+        itemsize = array.dtype.itemsize
+        del array
         context = ocp.Context()
         context.array.saving.use_compression = False  # as in checkpoint.py: it costs more time than it saves space
         if name in stacked:
-            shard = array.sharding.shard_shape(array.shape)
-            context.array.saving.storage_options.chunk_byte_size = math.prod(shard[1:]) * array.dtype.itemsize
+            context.array.saving.storage_options.chunk_byte_size = math.prod(shard[1:]) * itemsize
             context.array.saving.storage_options.shard_axes = (0,)
         with context:
-            ocp.partial.save(str(path), unflatten({name: array}))
+            ocp.partial.save(str(path), tree)
+        del tree
     ocp.partial.finalize(str(path))
 
 

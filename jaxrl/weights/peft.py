@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..models.config import ModelConfig
 from .formats import kind_of, open_checkpoint
 from .heads import HEADS, OUTPUTS
 from .peft_config import CONFIG_FILE, MERGE_WITH_PEFT, AdapterConfig, read_adapter_config
@@ -27,6 +28,7 @@ _PARTS = re.compile(
     r"|(?P<bias>lora_B\.bias)|(?P<magnitude>lora_magnitude_vector(?:\.weight)?))"
 )
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+_HEADS_TO_SAVE = ("classifier", "score")  # PEFT lists both for a classifier, which has one of them
 _CONV1D = ("gpt2",)  # families whose matrices are stored [in, out]: what a square one does not say by its shape
 
 
@@ -103,8 +105,12 @@ def adapter_from(config: AdapterConfig, checkpoint: Checkpoint, where: str) -> A
         else:
             replaced[bare.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = name
     modules = {module: _lora_module(config, checkpoint, where, module, parts) for module, parts in found.items()}
+    saved = {
+        module for module in config.modules_to_save if any(_in(name.rpartition(".")[0], [module]) for name in replaced)
+    }
     for module in config.modules_to_save:
-        if not any(_in(name.rpartition(".")[0], [module]) for name in replaced):
+        is_found = module in saved or (module in _HEADS_TO_SAVE and not saved.isdisjoint(_HEADS_TO_SAVE))
+        if not is_found:
             raise ValueError(f"{where} lacks the tensors of {module}, which its config lists in modules_to_save")
     return Adapter(config, checkpoint, modules, replaced)
 
@@ -150,6 +156,17 @@ def merged(base: Checkpoint, adapter: Adapter, hf_config: Mapping[str, Any]) -> 
     return base.with_tensors(tensors), dict(hf_config)
 
 
+def with_head_of(base: Checkpoint, adapter: Adapter) -> tuple[Checkpoint, Adapter]:
+    """The base with the score head that an adapter of a classifier holds in full, and the adapter without it."""
+    heads = {name: theirs for name, theirs in adapter.replaced.items() if name.rpartition(".")[0] in HEADS}
+    if adapter.config.head is None or not heads:
+        return base, adapter
+    tensors = {name: base.stored(name) for name in base.tensors if name.rpartition(".")[0] not in HEADS}
+    tensors |= {name: adapter.checkpoint.stored(theirs) for name, theirs in heads.items()}
+    others = {name: theirs for name, theirs in adapter.replaced.items() if name not in heads}
+    return base.with_tensors(tensors), replace(adapter, replaced=others)
+
+
 def _lora_module(
     config: AdapterConfig, checkpoint: Checkpoint, where: str, module: str, parts: Mapping[str, str]
 ) -> LoraModule:
@@ -181,7 +198,7 @@ def _untied(base: Checkpoint, adapter: Adapter, hf_config: Mapping[str, Any]) ->
     """
     table = next((name for name in base.tensors if _in(name.removesuffix(".weight"), _EMBEDDINGS)), None)
     has_output = any(_in(name.removesuffix(".weight"), (*OUTPUTS, *HEADS)) for name in base.tensors)
-    if table is None or (has_output and not hf_config.get("tie_word_embeddings")):
+    if table is None or (has_output and not ModelConfig.from_hf(hf_config).tie_embeddings):
         return base, hf_config
     touched = [module for module in adapter.modules if _in(module, (*_EMBEDDINGS, *OUTPUTS))]
     touched += [

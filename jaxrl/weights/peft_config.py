@@ -57,6 +57,11 @@ class AdapterConfig:
         """The model that was adapted: a Hub id, or a path that may be relative to the adapter's folder."""
         return self.raw.get("base_model_name_or_path") or None
 
+    @property
+    def head(self) -> str | None:
+        """The head of the adapted model, "score" of a reward model or critic; None where the task does not say."""
+        return "score" if self.raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else None
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], where: str) -> AdapterConfig:
         """Reads the settings and refuses, by name, those that cannot be followed here."""

@@ -27,7 +27,7 @@ from .load import load_array
 from .peft import PREFIX, Adapter, adapter_from
 from .peft_config import CONFIG_FILE, AdapterConfig
 from .safetensors_writer import TensorSpec, dtype_named, write_safetensors
-from .stored import Checkpoint, Index, StoredTensor
+from .stored import Checkpoint, Index, StoredTensor, cast
 from .write import Manifest
 
 Tree = dict[str, Any]
@@ -144,7 +144,7 @@ def export_peft(
         tensor = tensor if like is None else _taken_back(tensor, name, like, config)
         if tensor is not None:
             wanted = dtype_named(dtype) if like is None else like.checkpoint.tensors[name].dtype
-            tensors[name] = np.ascontiguousarray(tensor.astype(wanted))
+            tensors[name] = np.ascontiguousarray(cast(tensor, wanted, f"tensor {name}"))
     if jax.process_index() == 0:
         with new_folder(out_dir, overwrite=overwrite) as folder:
             if like is None:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Set
 
 from .heads import HEADS, OUTPUTS
 from .stored import Checkpoint
 
 _OUTSIDE = (*OUTPUTS, *HEADS)  # beside the base model and not in it
+_VISION = tuple(
+    f"{prefix}{module}." for prefix in ("", "model.") for module in ("vision_tower", "multi_modal_projector")
+)
+_log = logging.getLogger(__name__)
+
+
+def language_model_of(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without what a model that sees has beside its language model; any other as it is."""
+    kept = {name: checkpoint.stored(name) for name in checkpoint.tensors if not name.startswith(_VISION)}
+    num_left_out = len(checkpoint.tensors) - len(kept)
+    if not num_left_out:
+        return checkpoint
+    _log.info(
+        "%s: %d tensors of vision are left out, the language model alone is read", checkpoint.folder, num_left_out
+    )
+    return checkpoint.with_tensors(kept)
 
 
 def with_expected_names(checkpoint: Checkpoint, expected: Set[str]) -> Checkpoint:

@@ -6,18 +6,24 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .bnb import dequantized_config
+import numpy as np
+
+from .bnb import dequantized, dequantized_config, packed_tensors
 from .folder import copy_companions, load_hf_config
 from .formats import open_checkpoint
+from .hf_names import EMBEDDING, LM_HEAD
 from .locate import fetch_model, resolve
-from .peft import Adapter, adapter_folder, base_path, is_adapter, open_adapter
+from .peft import Adapter, adapter_folder, base_path, is_adapter, merged, open_adapter
 from .stored import Checkpoint
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,40 @@ def open_pretrained(name: str | Path, adapter: str | Path | None = None) -> Pret
     return _of_folder(str(name), name, open_adapter(adapter_folder(adapter_path)))
 
 
+def with_adapter_merged(source: Pretrained) -> Pretrained:
+    """The model as a plain one: for a role that does not train its adapter alone. Weights in 4 bits become numbers."""
+    if source.adapter is None:
+        return source
+    packed = packed_tensors(source.checkpoint)
+    base = dequantized(source.checkpoint) if packed else source.checkpoint
+    checkpoint, hf_config = merged(base, source.adapter, source.hf_config)
+    return replace(source, checkpoint=checkpoint, hf_config=hf_config, adapter=None)
+
+
+def as_flax_reads_it(checkpoint: Checkpoint, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """HF's FlaxLlama and FlaxMistral use the head that the file holds, also where the config says that it is tied."""
+    if checkpoint.layout != "flax":
+        return dict(hf_config)
+    if not hf_config.get("tie_word_embeddings") or not {LM_HEAD, EMBEDDING} <= checkpoint.tensors.keys():
+        return dict(hf_config)
+    if np.array_equal(checkpoint.read(LM_HEAD), checkpoint.read(EMBEDDING)):
+        return dict(hf_config)
+    _log.warning(
+        "%s ties its embeddings and holds another head, which Flax used: tie_word_embeddings is set to false",
+        checkpoint.folder,
+    )
+    return {**hf_config, "tie_word_embeddings": False}
+
+
 def _of_folder(name: str, base: str | Path, adapter: Adapter | None) -> Pretrained:
     folder = resolve(base)
     companions = folder if adapter is None or not (adapter.folder / "tokenizer.json").is_file() else adapter.folder
     generation = folder / "generation_config.json"
+    checkpoint = open_checkpoint(folder)
     return Pretrained(
         name=name,
-        checkpoint=open_checkpoint(folder),
-        hf_config=dequantized_config(load_hf_config(folder)),
+        checkpoint=checkpoint,
+        hf_config=as_flax_reads_it(checkpoint, dequantized_config(load_hf_config(folder))),
         generation_config=json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {},
         write_companions=partial(copy_companions, companions),
         tokenizer=companions,

@@ -6,7 +6,6 @@ tokenizer and companions.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,15 +24,14 @@ from .folder import copy_companions, load_hf_config
 from .formats import kind_of, open_checkpoint
 from .gguf import open_gguf
 from .heads import HEADS, OUTPUTS, find_head
-from .hf_names import EMBEDDING, LM_HEAD, axis_sizes, rows, unflatten
+from .hf_names import axis_sizes, rows, unflatten
 from .locate import fetch_model, resolve
 from .orbax_folder import arrays_under, as_checkpoint, head_settings, is_orbax, open_arrays
 from .peft import Adapter, adapter_folder, base_path, is_adapter, merged, open_adapter
 from .peft_tree import adapter_of, lora_settings
-from .pretrained import open_pretrained
+from .pretrained import as_flax_reads_it, open_pretrained
 from .stored import Checkpoint
 
-_log = logging.getLogger(__name__)
 _HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
 
 
@@ -105,6 +103,7 @@ def _merged_source(name: str, adapter: Adapter, options: Options) -> Source:
         checkpoint, hf_config = _unpacked(open_checkpoint(base), load_hf_config(base), options)
         companions = partial(copy_companions, base)
     checkpoint, hf_config = merged(checkpoint, adapter, hf_config)
+    options = replace(options, head=options.head or adapter.config.head)
     if (adapter.folder / "tokenizer.json").is_file():
         companions = partial(copy_companions, adapter.folder)
     return _fit(name, checkpoint, hf_config, options, companions)
@@ -207,44 +206,36 @@ def _fit(
     companions: Callable[[Path], None],
 ) -> Source:
     checkpoint, hf_config = _unpacked(checkpoint, hf_config, options)
-    if checkpoint.layout == "flax":
-        hf_config = _as_flax_reads_it(checkpoint, hf_config)
+    hf_config = as_flax_reads_it(checkpoint, hf_config)
     head, settings = which_head(checkpoint, hf_config, options)
     config = ModelConfig.from_hf(hf_config, **settings)
     checkpoint = fitted(checkpoint, config, head, head_path=options.head_path)
     return Source(name, checkpoint, config_for_head(hf_config, config, head), config, head, companions)
 
 
-def _as_flax_reads_it(checkpoint: Checkpoint, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """HF's FlaxLlama and FlaxMistral use the head that the file holds, also where the config says that it is tied."""
-    if not hf_config.get("tie_word_embeddings") or not {LM_HEAD, EMBEDDING} <= checkpoint.tensors.keys():
-        return dict(hf_config)
-    if np.array_equal(checkpoint.read(LM_HEAD), checkpoint.read(EMBEDDING)):
-        return dict(hf_config)
-    _log.warning(
-        "%s ties its embeddings and holds another head, which Flax used: tie_word_embeddings is set to false",
-        checkpoint.folder,
-    )
-    return {**hf_config, "tie_word_embeddings": False}
-
-
 def which_head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], options: Options) -> tuple[str, dict[str, Any]]:
     """Which head is meant, and what `ModelConfig` must hold for it."""
+    if options.head not in (None, "lm", "score"):
+        raise ValueError(f"head {options.head!r} is not one of lm, score")
     if options.head == "lm":
         return "lm", {}
     found = find_head(checkpoint, hf_config, path=options.head_path)
-    is_classifier = str((hf_config.get("architectures") or [""])[0]).endswith(_HEAD_CLASSES)
+    architectures = hf_config.get("architectures")
+    is_classifier = str((architectures or [""])[0]).endswith(_HEAD_CLASSES)
     if found is None:
         if options.head == "score" or is_classifier:
             raise ValueError(
                 f"{checkpoint.folder} has no head under any of the usual names ({', '.join(HEADS)}): "
-                "name it by --head-path"
+                "name it by head_path (--head-path)"
             )
         return "lm", {}
-    has_output = any(name.startswith(OUTPUTS) for name in checkpoint.tensors) or hf_config.get("tie_word_embeddings")
+    if not architectures and found.path in ("score", "classifier"):  # of a family that has no such class
+        is_classifier = True
+    is_tied = ModelConfig.from_hf(hf_config).tie_embeddings
+    has_output = is_tied or any(name.startswith(OUTPUTS) for name in checkpoint.tensors)
     if has_output and not is_classifier and options.head is None and options.head_path is None:
         raise ValueError(
-            f"{checkpoint.folder} holds a language model and the head {found.path}: say which is meant, --head lm or "
-            "--head score"
+            f"{checkpoint.folder} holds a language model and the head {found.path}: say which is meant by head (--head), "
+            "lm or score"
         )
     return "score", {"num_labels": found.num_labels, "score_bias": found.has_bias}

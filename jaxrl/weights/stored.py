@@ -17,6 +17,19 @@ import numpy as np
 Index = tuple[slice, ...]
 
 
+def cast(array: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+    """The numbers as another dtype. Raises ValueError, which begins with `what`, where one is too large for it."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        out = array.astype(dtype)
+    if np.isinf(out).any() and np.isinf(out).sum() > np.isinf(array).sum():
+        largest = np.abs(np.where(np.isfinite(array), array, 0).astype(np.float64)).max()
+        wider = "bfloat16 or float32" if dtype == np.float16 else "float32"
+        raise ValueError(f"{what} holds numbers up to {largest:.3g}, which {dtype.name} cannot: ask for {wider}")
+    return out
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor of a checkpoint that has not been read. `read` is given a slice for each dimension, with both ends.

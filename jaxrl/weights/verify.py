@@ -19,6 +19,7 @@ from .fit import fitted
 from .folder import load_hf_config
 from .formats import open_checkpoint
 from .heads import find_head
+from .hf_names import score_module
 from .load import load_params
 from .peft import Adapter, open_adapter
 from .safetensors_writer import TensorSpec
@@ -38,8 +39,8 @@ def verify_tensors(folder: Path, model: Source, specs: Sequence[TensorSpec]) -> 
     hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["tensors"]
     for spec in specs:
         stored, expected = written.read(spec.name), model.checkpoint.read(spec.name).astype(spec.dtype, copy=False)
-        digest = sha256(stored)
-        if stored.dtype != spec.dtype or digest != sha256(expected):
+        digest = sha256([stored])
+        if stored.dtype != spec.dtype or digest != sha256([expected]):
             raise ValueError(
                 f"{spec.name} was written and does not come back as it was: the disk or the file is damaged"
             )
@@ -69,13 +70,16 @@ def verify_logits(folder: Path) -> float | None:
         _log.warning("torch is not installed: the logits are not compared with transformers")
         return None
     hf_config = load_hf_config(folder)
+    if not hf_config.get("architectures"):
+        _log.warning("transformers has no class for this model: the logits are not compared with it")
+        return None
     found = find_head(open_checkpoint(folder), hf_config)
     run = {"num_labels": found.num_labels, "score_bias": found.has_bias} if found else {}
     run["max_length"] = _TOKENS[1]  # transformers chooses the frequencies of some ropes by the longest position
     config = ModelConfig.from_hf(hf_config, **run)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, _TOKENS).astype(np.int32)
     ours = _our_outputs(folder, config, "score" if found else "lm", tokens)
-    theirs = _their_outputs(folder, tokens, is_classifier=found is not None)
+    theirs = _their_outputs(folder, tokens, head=score_module(config) if found else None)
     difference, size = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
     if not difference <= _TOLERANCE * size:
         raise ValueError(
@@ -95,7 +99,7 @@ def _our_outputs(folder: Path, config: ModelConfig, head: str, tokens: np.ndarra
         return np.asarray(score(config, params, hidden) if head == "score" else logits(config, params, hidden))
 
 
-def _their_outputs(folder: Path, tokens: np.ndarray, *, is_classifier: bool) -> np.ndarray:
+def _their_outputs(folder: Path, tokens: np.ndarray, *, head: str | None) -> np.ndarray:
     import torch
     import transformers
 
@@ -103,6 +107,6 @@ def _their_outputs(folder: Path, tokens: np.ndarray, *, is_classifier: bool) -> 
     model: Any = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32)
     ids = torch.from_numpy(tokens).long()
     with torch.no_grad():
-        if is_classifier:  # at every token, where a sequence classifier itself gives the last one
-            return model.eval().score(model.base_model(ids).last_hidden_state).numpy()
+        if head is not None:  # at every token, where a sequence classifier itself gives the last one
+            return getattr(model.eval(), head)(model.base_model(ids).last_hidden_state).numpy()
         return model.eval()(ids).logits.numpy()

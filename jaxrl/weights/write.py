@@ -60,16 +60,23 @@ class Manifest:
 
     def recorded(self, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
         for name, tensor in tensors:
-            self._content["tensors"][name]["sha256"] = sha256(tensor)
+            self.record(name, [tensor])
             yield name, tensor
+
+    def record(self, name: str, parts: Iterable[np.ndarray]) -> None:
+        """A tensor that comes in parts, one after the other in memory."""
+        self._content["tensors"][name]["sha256"] = sha256(parts)
 
     def write(self, folder: Path) -> None:
         write_json(folder / MANIFEST, self._content)
 
 
-def sha256(tensor: np.ndarray) -> str:
+def sha256(parts: Iterable[np.ndarray]) -> str:
     """The hash of a tensor's bytes as a file holds them."""
-    return hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _version() -> str:
