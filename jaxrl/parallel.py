@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Tree = Any
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -123,7 +123,7 @@ def within_replica() -> Iterator[None]:
         yield
 
 
-def partition(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+def partition(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """The split of one array; a dimension that its mesh axes do not divide is replicated (here and nowhere else).
 
     A mesh axis splits one dimension of an array, the first that it can: experts, or else what is inside each of them.

@@ -16,6 +16,7 @@ import pytest
 from jaxrl.config import from_dict
 from jaxrl.learner import micro_batches_of
 from jaxrl.models.config import ModelConfig
+from jaxrl.models.flops import layer_weights
 from jaxrl.parallel import make_mesh, put_replicated
 from jaxrl.plan import check
 from jaxrl.plan.costs import cost
@@ -206,6 +207,32 @@ def test_the_flops_of_an_update_are_three_forward_passes_and_one_more_with_full_
     full = dataclasses.replace(work, model=dataclasses.replace(model, remat="full"))
     assert cost(full, mesh).flops == 3 * (4 * forward + 4 * head) / 4
     assert cost(dataclasses.replace(work, kind="forward"), mesh).flops == 3 * (forward + head) / 4
+
+
+QWEN3_MOE = ModelConfig.from_hf({
+    "model_type": "qwen3_moe", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+})  # fmt: skip
+
+
+def test_of_experts_a_plan_counts_those_that_a_token_chooses():
+    attention = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048
+    layers = 48 * (attention + 2048 * 128 + 8 * 3 * 2048 * 768)
+    assert layer_weights(QWEN3_MOE) == layers  # 2.7 of the 29.9 thousand millions that lie in memory
+    work = Work("x", None, QWEN3_MOE, "forward", rows=8, columns=10, targets=5, loops=(1, 1))
+    forward = 80 * (2 * layers + 48 * 4 * 10 * 32 * 128) + 2 * 40 * 151_936 * 2048
+    router = 80 * 2 * 48 * 2048 * 128  # which the axis tensor does not split
+    assert cost(work, {"data": 1, "fsdp": 4, "tensor": 2}).flops == (forward + router) / 8
+
+
+def test_what_the_axis_tensor_does_not_divide_is_computed_on_each_of_its_devices():
+    model = ModelConfig.from_hf(json.loads(Path("configs/models/qwen2-7b/config.json").read_text()))
+    work = Work("x", None, model, "forward", rows=8, columns=16, targets=0, loops=(1, 1))
+    D, F, N, K, H, L = 3584, 18_944, 28, 4, 128, 28
+    attention, mlp = 2 * D * (2 * N + 2 * K) * H + 4 * 16 * N * H, 2 * 3 * D * F
+    assert cost(work, {"data": 1, "fsdp": 2, "tensor": 4}).flops == 128 * L * (attention + mlp) / 8
+    assert cost(work, {"data": 1, "fsdp": 1, "tensor": 8}).flops == 128 * L * (attention + mlp / 8)
 
 
 # What cannot be, in words.
