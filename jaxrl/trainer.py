@@ -116,7 +116,7 @@ class Trainer:
         self.scorer = self._make_scorer(reward)
         self.compiles = CompileCounter()
         self.roles = Roles(c, self.mesh, self.source, steps=self.steps, needs_critic=self.needs_critic)
-        check_fits(c, self.roles)
+        check_fits(c, self.roles, num_val=0 if self.val is None else len(self.val))
         self.roles.load(resumed=self.start is not None)
         self.learner = Learner(c, self.roles)
         waiting = None if self.start is None else self._restore(*self.start)

@@ -21,7 +21,7 @@ from jaxrl.parallel import make_mesh, put_replicated
 from jaxrl.plan import check
 from jaxrl.plan.costs import cost
 from jaxrl.plan.hlo import facts
-from jaxrl.plan.programs import Work, roles_of
+from jaxrl.plan.programs import Work, batches_of, programs_of, roles_of
 from jaxrl.plan.report import Plan, make_plan, table, verdict
 from jaxrl.plan.sweep import meshes, sweep, sweep_table
 from jaxrl.topology import described
@@ -96,7 +96,8 @@ def test_the_plan_compiles_the_very_program_that_training_runs_and_tells_its_mem
 def test_every_program_of_a_step_is_in_the_plan_in_its_order():
     names = [p.name for p in plan("2x2x2").programs]
     assert names == [
-        "gen/begin", "gen/decode", "old_log_prob", "ref", "values", "update_critic", "update_actor", "update_weights"
+        "gen/begin", "gen/keep", "gen/decode", "old_log_prob", "ref", "values", "update_critic", "update_actor",
+        "update_weights",
     ]  # fmt: skip
     by_name = {p.name: p for p in plan("2x2x2").programs}
     assert by_name["update_actor"].calls == 2 and by_name["values"].calls == 1  # two mini-batches of 16 prompts
@@ -105,6 +106,26 @@ def test_every_program_of_a_step_is_in_the_plan_in_its_order():
         p = by_name[name]
         own = sum(plan("2x2x2").resident[part] for part in beside)
         assert p.peak == lying - own + p.arguments + p.outputs + p.temporaries
+
+
+def test_a_validation_set_is_planned_as_it_is_decoded_and_not_as_a_step_is():
+    c = config(data={"val_files": "none"}, rollout={"max_num_seqs": 64})
+    roles = roles_of(c, make_mesh(2, 2, 2))
+    rows = {work.name: (work.calls, work.rows) for work in programs_of(c, roles).work if "/" in work.name}
+    assert rows["gen/begin"] == rows["gen/decode"] == (1, 32)  # a step has 32 prompts
+    assert rows["val/begin"] == rows["val/keep"] == rows["val/decode"] == (0, 64)
+
+    def cache(num_val: int | None) -> int:
+        (need,) = (need for need in check.least_memory(c, roles, num_val) if need.when == "generation")
+        return need.parts["KV cache"]
+
+    assert cache(None) == cache(1000) == 2 * cache(20) == 2 * cache(0)  # the trainer knows how many prompts there are
+
+
+def test_later_turns_are_planned_with_prompts_that_hold_the_turns_before_them():
+    c = config(rollout={"n": 2, "multi_turn": {"function": "f.py:reply"}})
+    batch = batches_of(c)["turns"]
+    assert (batch.num_prompts, batch.longest_prompt, batch.sampling.n) == (64, 63, 1)
 
 
 # Budgets: a tensor that grows whole on a device, or a collective more, is a mistake in the sharding.

@@ -7,20 +7,16 @@ compiles and tells.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from ..config import Config
-from ..models.config import ModelConfig
-from ..parallel import generation_mesh, partition
 from ..roles import Roles
-from ..rollout.jax_engine import BUCKET, JaxEngine, round_up
-from ..update import merge
+from ..rollout.lowering import cache_bytes
 from .costs import bytes_of, waiting_bytes
-from .programs import offloaded_of, resident_of
+from .programs import batches_of, engine_of, lowered_publication, offloaded_of, resident_of
 
 GB = 1e9
 
@@ -36,8 +32,8 @@ class Need(NamedTuple):
         return sum(self.parts.values())
 
 
-def least_memory(c: Config, roles: Roles) -> list[Need]:
-    """Of generation, and of the updates of critic and actor."""
+def least_memory(c: Config, roles: Roles, num_val: int | None = None) -> list[Need]:
+    """Of generation, and of the updates of critic and actor. `num_val`: as `programs.batches_of` takes it."""
     offloaded = offloaded_of(c, roles)
     resident = {
         name: bytes_of(tree) - (waiting_bytes(tree) if name in offloaded else 0)
@@ -45,12 +41,10 @@ def least_memory(c: Config, roles: Roles) -> list[Need]:
     }
     needs = []
     if c.rollout.engine == "jax":
-        mesh = generation_mesh(roles.mesh, c.rollout.tensor_model_parallel_size)
-        engine = JaxEngine(roles.model, mesh, max_num_seqs=c.rollout.max_num_seqs)
-        state = roles.abstract_state()["actor"]
-        weights = engine.programs.unstack.lower(merge(state.trained, roles.abstract_frozen)).out_info
-        resident["weights of the engine"] = bytes_of(weights)
-        needs.append(Need("generation", resident | {"KV cache": _cache_bytes(c, engine, roles.model)}))
+        engine = engine_of(c, roles)
+        resident["weights of the engine"] = bytes_of(lowered_publication(engine, roles).out_info)
+        cache = max(cache_bytes(engine, batch.largest(engine)) for batch in batches_of(c, num_val).values())
+        needs.append(Need("generation", resident | {"KV cache": cache}))
     for role in ("critic", "actor"):
         if role in resident:
             trained = roles.abstract_state()[role].trained
@@ -58,10 +52,10 @@ def least_memory(c: Config, roles: Roles) -> list[Need]:
     return needs
 
 
-def check_fits(c: Config, roles: Roles) -> None:
+def check_fits(c: Config, roles: Roles, num_val: int | None = None) -> None:
     """Raises ValueError, with what lies where and what to change, for a run that cannot fit on the mesh's devices."""
     limit, name = _memory_of(roles.mesh.local_devices[0])
-    worst = max(least_memory(c, roles), key=lambda need: need.total)
+    worst = max(least_memory(c, roles, num_val), key=lambda need: need.total)
     if limit is None or worst.total <= limit:
         return
     parts = sorted(worst.parts.items(), key=lambda part: -part[1])
@@ -75,15 +69,6 @@ def check_fits(c: Config, roles: Roles) -> None:
         f"this run cannot fit: {worst.when} needs at least {worst.total / GB:.2f} GB on a device, and {name} has "
         f"{limit / GB:.2f} ({listed}). What helps: {'; '.join(cures)}. `scripts/plan.py --sweep` finds what fits"
     )
-
-
-def _cache_bytes(c: Config, engine: JaxEngine, model: ModelConfig) -> int:
-    sequences = engine.padded(min(c.data.train_batch_size * c.rollout.n, engine.max_num_seqs))
-    columns = engine.prompt_columns(c.data.max_prompt_length) + round_up(c.data.max_response_length, BUCKET)
-    shape = sequences, model.num_kv_heads, columns, model.head_dim
-    spec = partition(engine.mesh, ("rows", "kv_heads", None, None), shape)
-    held = jax.sharding.NamedSharding(engine.mesh, spec).shard_shape(shape)
-    return 2 * model.num_layers * math.prod(held) * jax.numpy.dtype(model.compute_dtype).itemsize
 
 
 def _memory_of(device: Any) -> tuple[float | None, str]:

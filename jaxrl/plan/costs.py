@@ -43,7 +43,9 @@ def sizes_of(model: ModelConfig, head: str, mesh: AbstractMesh) -> Sizes:
         split = any("tensor" in (names or ()) for names in partition(mesh, kernel.axes, kernel.shape))
         numbers = math.prod(kernel.shape) / (tensor if split else 1)
         layers, stored = layers + kernel.part * numbers, stored + numbers
-    heads = (2 * c.num_heads / _ways(tensor, c.num_heads) + 2 * c.num_kv_heads / _ways(tensor, c.num_kv_heads)) * c.head_dim
+    heads = (
+        2 * c.num_heads / _ways(tensor, c.num_heads) + 2 * c.num_kv_heads / _ways(tensor, c.num_kv_heads)
+    ) * c.head_dim
     widths = 5 * c.hidden_size * c.num_layers + heads * c.num_layers
     for run in c.runs:
         mlp = c.experts_per_token * c.expert_size if run.is_sparse else c.intermediate_size

@@ -11,13 +11,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from ..algorithms.advantages import ADVANTAGES
 from ..algorithms.choose import choose
+from ..collector import sampling_of
 from ..config import Config
 from ..learner import micro_batches_of
 from ..models.config import ModelConfig
@@ -25,8 +26,8 @@ from ..models.logprobs import chunk_slots
 from ..parallel import generation_mesh, num_row_shards
 from ..roles import Roles
 from ..rollout.engine import Sampling
-from ..rollout.jax_engine import JaxEngine
-from ..rollout.lowering import lower_largest
+from ..rollout.jax_engine import JaxEngine, Largest
+from ..rollout.lowering import lower_largest, lower_unstack, outputs
 from ..update import merge
 from ..weights.pretrained import Pretrained
 from .sources import described_model
@@ -153,30 +154,80 @@ def _training(c: Config, roles: Roles) -> list[Work]:
     return [*forward, *values, *update]
 
 
+class Batch(NamedTuple):
+    """Prompts that the engine is asked to answer in one call."""
+
+    num_prompts: int | None  # None: nobody knows
+    longest_prompt: int
+    sampling: Sampling
+
+    def largest(self, engine: JaxEngine) -> Largest:
+        return engine.largest(*self)
+
+
+def batches_of(c: Config, num_val: int | None = None) -> dict[str, Batch]:
+    """What the engine is asked in training (`gen`), in validation (`val`) and in later turns (`turns`).
+
+    `num_val` is the number of validation prompts; None: as many as decode together, if there are any.
+    """
+    d, most = c.data, c.data.max_response_length
+    batches = {
+        "gen": Batch(d.train_batch_size, d.max_prompt_length, sampling_of(c.rollout, max_tokens=most, stop_ids=()))
+    }
+    if num_val or (num_val is None and d.val_files is not None):
+        sampling = sampling_of(c.rollout.val_kwargs, max_tokens=most, stop_ids=())
+        batches["val"] = Batch(num_val, d.max_prompt_length, sampling)
+    if c.rollout.multi_turn.function is not None:  # every response is a prompt of its own there
+        counts = [b.num_prompts and b.num_prompts * b.sampling.n for b in batches.values()]
+        count = None if None in counts else max(counts)
+        batches["turns"] = Batch(count, c.max_length - 1, dataclasses.replace(batches["gen"].sampling, n=1))
+    return batches
+
+
+def engine_of(c: Config, roles: Roles) -> JaxEngine:
+    mesh = generation_mesh(roles.mesh, c.rollout.tensor_model_parallel_size)
+    return JaxEngine(roles.model, mesh, max_num_seqs=c.rollout.max_num_seqs)
+
+
+def lowered_publication(engine: JaxEngine, roles: Roles) -> jax.stages.Lowered:
+    """The program that gives the engine the weights of the actor."""
+    return lower_unstack(engine, merge(roles.abstract_state()["actor"].trained, roles.abstract_frozen))
+
+
 def _generation(run: Run, c: Config, roles: Roles) -> tuple[list[Work], Work]:
-    """The engine's programs, and the one that gives it new weights. What it holds joins `run.resident`."""
-    d, r = c.data, c.rollout
-    mesh = generation_mesh(run.mesh, r.tensor_model_parallel_size)
-    engine = JaxEngine(roles.model, mesh, max_num_seqs=r.max_num_seqs)
-    sampling = Sampling(d.max_response_length, n=r.n, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p)
-    lowered = lower_largest(
-        engine, merge(roles.abstract_state()["actor"].trained, roles.abstract_frozen), num_prompts=d.train_batch_size,
-        longest_prompt=d.max_prompt_length, sampling=sampling,
-    )  # fmt: skip
-    run.resident["engine"] = lowered["unstack"].out_info
-    sequences = d.train_batch_size * r.n
-    together = engine.padded(min(sequences, engine.max_num_seqs))
-    batches, columns = -(-sequences // together), engine.prompt_columns(d.max_prompt_length)
-    prompts, most = engine.padded(min(d.train_batch_size, together)), columns + d.max_response_length
+    """The engine's programs, and the one that gives it new weights. What it holds joins `run.resident`.
+
+    Programs of validation and of later turns are there where they are larger than those of training; they count no time.
+    """
+    engine = engine_of(c, roles)
+    unstack = lowered_publication(engine, roles)
+    run.resident["engine"] = weights = outputs(unstack)
+    batches = batches_of(c)
+    training, generation = batches["gen"].largest(engine), []
+    for name, batch in batches.items():
+        largest = batch.largest(engine)
+        if name == "gen" or any(x > y for x, y in zip(largest, training, strict=True)):
+            generation += _decoding(name, engine, weights, batch, largest)
+    uses = ("actor", "base") if roles.has_adapters else ("actor",)
+    publish = Work("update_weights", lambda: unstack, roles.model, "move", uses=uses, frees=("engine",))
+    return generation, publish
+
+
+def _decoding(name: str, engine: JaxEngine, weights: Tree, batch: Batch, largest: Largest) -> list[Work]:
+    """The engine's programs for a batch; those of training run for as many as there are in a step."""
+    lowered = lower_largest(engine, weights, largest, batch.sampling)
+    calls = 0
+    if name == "gen":
+        assert batch.num_prompts is not None
+        calls = -(-batch.num_prompts * batch.sampling.n // engine.max_num_seqs)
+    columns, tokens = largest.prompt_columns, batch.sampling.max_tokens
 
     def work(program: str, kind: str, rows: int, columns: int, loops: tuple[int, ...], uses: tuple[str, ...]) -> Work:
         lower = lambda: lowered[program]  # noqa: E731
-        return Work(f"gen/{program}", lower, roles.model, kind, batches, rows, columns, 1, loops, mesh, uses)
+        return Work(f"{name}/{program}", lower, engine.config, kind, calls, rows, columns, 1, loops, engine.mesh, uses)
 
-    generation = [work("begin", "prefill", prompts, columns, (), ("engine",))]
-    if "lengthen" in lowered:
-        generation.append(work("lengthen", "move", together, most, (), ()))
-    generation.append(work("decode", "decode", together, most, (d.max_response_length,), ("engine",)))
-    uses = ("actor", "base") if roles.has_adapters else ("actor",)
-    publish = Work("update_weights", lambda: lowered["unstack"], roles.model, "move", uses=uses, frees=("engine",))
-    return generation, publish
+    works = [work("begin", "prefill", largest.prompts, columns, (), ("engine",))]
+    works += [
+        work(p, "move", largest.sequences, columns + tokens, (), ()) for p in ("lengthen", "keep") if p in lowered
+    ]
+    return [*works, work("decode", "decode", largest.sequences, columns + tokens, (tokens,), ("engine",))]

@@ -22,7 +22,9 @@ Say = Callable[[str], None]
 REMATS = ("none", "dots", "full")
 OFFLOADS = ((), ("optimizer",), ("optimizer", "params"))
 UPDATES = ("update_critic", "update_actor")
-OTHERS = ("gen/begin", "gen/decode", "update_weights")  # with the updates, those whose peak decides
+# With the updates, those whose peak decides. `keep` holds half a cache more than `decode`, which says the time.
+OTHERS = tuple(f"{batch}/{program}" for batch in ("gen", "val", "turns") for program in ("begin", "keep", "decode"))
+OTHERS += ("update_weights",)
 
 
 class Choice(NamedTuple):
