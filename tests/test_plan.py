@@ -19,11 +19,13 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.flops import layer_weights
 from jaxrl.parallel import make_mesh, put_replicated
 from jaxrl.plan import check
-from jaxrl.plan.costs import cost
+from jaxrl.plan.costs import bytes_of, cost
 from jaxrl.plan.hlo import facts
 from jaxrl.plan.programs import Work, batches_of, programs_of, roles_of
 from jaxrl.plan.report import Plan, make_plan, table, verdict
+from jaxrl.plan.sources import described_model
 from jaxrl.plan.sweep import meshes, sweep, sweep_table
+from jaxrl.reward_model import reward_model_of
 from jaxrl.topology import described
 from jaxrl.weights.pretrained import open_pretrained
 
@@ -116,10 +118,22 @@ def test_a_validation_set_is_planned_as_it_is_decoded_and_not_as_a_step_is():
     assert rows["val/begin"] == rows["val/keep"] == rows["val/decode"] == (0, 64)
 
     def cache(num_val: int | None) -> int:
-        (need,) = (need for need in check.least_memory(c, roles, num_val) if need.when == "generation")
+        (need,) = (need for need in check.least_memory(c, roles, num_val=num_val) if need.when == "generation")
         return need.parts["KV cache"]
 
     assert cache(None) == cache(1000) == 2 * cache(20) == 2 * cache(0)  # the trainer knows how many prompts there are
+
+
+def test_a_reward_model_is_planned_and_is_in_the_check_before_a_weight_is_read():
+    path = DATA / "heads" / "llama-seqcls-reward"
+    c, mesh = config(reward={"model": {"path": str(path)}}), make_mesh(2, 2, 2)
+    roles, reward = roles_of(c, mesh), reward_model_of(c, mesh, described_model)
+    assert reward is not None
+    for need in check.least_memory(c, roles, reward):
+        assert need.parts["reward model"] == bytes_of(reward.abstract)
+    found = make_plan(c, described("cpu:8"), only=["reward_model"])
+    assert found.resident["reward model"] == bytes_of(reward.abstract)
+    assert found.programs[0].arguments >= bytes_of(reward.abstract)
 
 
 def test_later_turns_are_planned_with_prompts_that_hold_the_turns_before_them():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ..config import Config
+from ..reward_model import RewardModel
 from ..roles import Roles
 from ..rollout.lowering import cache_bytes
 from .costs import bytes_of, waiting_bytes
@@ -32,12 +33,14 @@ class Need(NamedTuple):
         return sum(self.parts.values())
 
 
-def least_memory(c: Config, roles: Roles, num_val: int | None = None) -> list[Need]:
+def least_memory(
+    c: Config, roles: Roles, reward: RewardModel | None = None, *, num_val: int | None = None
+) -> list[Need]:
     """Of generation, and of the updates of critic and actor. `num_val`: as `programs.batches_of` takes it."""
     offloaded = offloaded_of(c, roles)
     resident = {
         name: bytes_of(tree) - (waiting_bytes(tree) if name in offloaded else 0)
-        for name, tree in resident_of(roles).items()
+        for name, tree in resident_of(roles, reward).items()
     }
     needs = []
     if c.rollout.engine == "jax":
@@ -52,10 +55,10 @@ def least_memory(c: Config, roles: Roles, num_val: int | None = None) -> list[Ne
     return needs
 
 
-def check_fits(c: Config, roles: Roles, num_val: int | None = None) -> None:
+def check_fits(c: Config, roles: Roles, reward: RewardModel | None = None, *, num_val: int | None = None) -> None:
     """Raises ValueError, with what lies where and what to change, for a run that cannot fit on the mesh's devices."""
     limit, name = _memory_of(roles.mesh.local_devices[0])
-    worst = max(least_memory(c, roles, num_val), key=lambda need: need.total)
+    worst = max(least_memory(c, roles, reward, num_val=num_val), key=lambda need: need.total)
     if limit is None or worst.total <= limit:
         return
     parts = sorted(worst.parts.items(), key=lambda part: -part[1])

@@ -24,6 +24,7 @@ from ..learner import micro_batches_of
 from ..models.config import ModelConfig
 from ..models.logprobs import chunk_slots
 from ..parallel import generation_mesh, num_row_shards
+from ..reward_model import RewardModel
 from ..roles import Roles
 from ..rollout.engine import Sampling
 from ..rollout.jax_engine import JaxEngine, Largest
@@ -79,18 +80,18 @@ def roles_of(c: Config, mesh: Mesh, find: Callable[[str], Pretrained] = describe
     return Roles(c, mesh, find(path), steps=1, needs_critic=needs_critic, find=find)
 
 
-def programs_of(c: Config, roles: Roles) -> Run:
+def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
     """Everything that a step of the run executes, in its order."""
-    run = Run(roles.mesh, resident_of(roles), offloaded_of(c, roles))
-    run.work = _training(c, roles)
+    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
+    run.work = [*([] if reward is None else [_scoring(c, reward)]), *_training(c, roles)]
     if c.rollout.engine == "jax":  # another engine has its own devices or its own program
         generation, publication = _generation(run, c, roles)
         run.work = [*generation, *run.work, publication]
     return run
 
 
-def resident_of(roles: Roles) -> dict[str, Tree]:
-    """Shapes and shardings of what the roles hold throughout, by name."""
+def resident_of(roles: Roles, reward: RewardModel | None = None) -> dict[str, Tree]:
+    """Shapes and shardings of what the roles and the reward model hold throughout, by name."""
     state = roles.abstract_state()
     trees = {"actor": state["actor"].trained, "actor optimizer": state["actor"].opt_state}
     if roles.has_adapters:
@@ -99,6 +100,8 @@ def resident_of(roles: Roles) -> dict[str, Tree]:
         trees["ref"] = roles.ref_abstract
     if roles.needs_critic:
         trees |= {"critic": state["critic"].trained, "critic optimizer": state["critic"].opt_state}
+    if reward is not None:
+        trees["reward model"] = reward.abstract
     return trees
 
 
@@ -108,6 +111,13 @@ def offloaded_of(c: Config, roles: Roles) -> frozenset[str]:
     of_critic = {"optimizer": "critic optimizer", "params": "critic"}
     names = [of_actor[what] for what in c.actor.offload] + [of_critic[what] for what in c.critic.offload]
     return frozenset([*names, *("ref" for _ in c.ref.offload)]) & resident_of(roles).keys()
+
+
+def _scoring(c: Config, reward: RewardModel) -> Work:
+    """The reward model on all responses of a step; its tokens are taken to be as many as the actor's."""
+    M, R, T = shape = reward.micro_batches(c.data.train_batch_size * c.rollout.n, c.max_length + 1)
+    lower = partial(reward.critic.lower_values, reward.abstract, shape)
+    return Work("reward_model", lower, reward.config, "forward", 1, R, T, 0, (M,), reward.mesh, ("reward model",))
 
 
 def _training(c: Config, roles: Roles) -> list[Work]:
@@ -178,8 +188,8 @@ def batches_of(c: Config, num_val: int | None = None) -> dict[str, Batch]:
         sampling = sampling_of(c.rollout.val_kwargs, max_tokens=most, stop_ids=())
         batches["val"] = Batch(num_val, d.max_prompt_length, sampling)
     if c.rollout.multi_turn.function is not None:  # every response is a prompt of its own there
-        counts = [b.num_prompts and b.num_prompts * b.sampling.n for b in batches.values()]
-        count = None if None in counts else max(counts)
+        counts = [b.num_prompts * b.sampling.n for b in batches.values() if b.num_prompts is not None]
+        count = max(counts) if len(counts) == len(batches) else None
         batches["turns"] = Batch(count, c.max_length - 1, dataclasses.replace(batches["gen"].sampling, n=1))
     return batches
 

@@ -15,10 +15,12 @@ from typing import Any
 
 from ..config import Config
 from ..parallel import make_mesh
+from ..reward_model import reward_model_of
 from ..topology import Topology
 from .costs import bytes_of, cost, waiting_bytes
 from .hlo import facts
 from .programs import Run, Work, programs_of, roles_of
+from .sources import described_model
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     Raises ValueError for a mesh that the topology cannot hold, and for a program that the run has not.
     """
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices=topology.devices)
-    run = programs_of(c, roles_of(c, mesh))
+    run = programs_of(c, roles_of(c, mesh), reward_model_of(c, mesh, described_model))
     host = {name: waiting_bytes(tree) if name in run.offloaded else 0 for name, tree in run.resident.items()}
     device = {name: bytes_of(tree) - host[name] for name, tree in run.resident.items()}
     hardware = topology.hardware

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 from ..config import Config
 from ..parallel import make_mesh
+from ..reward_model import reward_model_of
 from ..topology import Topology
 from .check import least_memory
 from .programs import programs_of, roles_of
 from .report import Plan, make_plan
+from .sources import described_model
 
 Say = Callable[[str], None]
 REMATS = ("none", "dots", "full")
@@ -24,7 +26,7 @@ OFFLOADS = ((), ("optimizer",), ("optimizer", "params"))
 UPDATES = ("update_critic", "update_actor")
 # With the updates, those whose peak decides. `keep` holds half a cache more than `decode`, which says the time.
 OTHERS = tuple(f"{batch}/{program}" for batch in ("gen", "val", "turns") for program in ("begin", "keep", "decode"))
-OTHERS += ("update_weights",)
+OTHERS += ("reward_model", "update_weights")
 
 
 class Choice(NamedTuple):
@@ -63,12 +65,13 @@ def _first_that_fits(
     c: Config, topology: Topology, mesh: dict[str, int], offload: tuple[str, ...], say: Say
 ) -> Choice | None:
     where = f"mesh {'x'.join(map(str, mesh.values()))}, in host memory {' and '.join(offload) or 'nothing'}"
-    roles = roles_of(c, make_mesh(**mesh, devices=topology.devices))
-    least = max(need.total for need in least_memory(c, roles))
+    devices = make_mesh(**mesh, devices=topology.devices)
+    roles, reward = roles_of(c, devices), reward_model_of(c, devices, described_model)
+    least = max(need.total for need in least_memory(c, roles, reward))
     if least > topology.hardware.memory:
         say(f"{where}: {least / 1e9:.1f} GB without activations")
         return None
-    names = {work.name for work in programs_of(c, roles).work}
+    names = {work.name for work in programs_of(c, roles, reward).work}
     settings = _settings(c)
 
     def plan(remat: str, tokens: int, programs: tuple[str, ...]) -> Plan:
