@@ -142,6 +142,19 @@ def test_later_turns_are_planned_with_prompts_that_hold_the_turns_before_them():
     assert (batch.num_prompts, batch.longest_prompt, batch.sampling.n) == (64, 63, 1)
 
 
+def test_an_offloaded_base_comes_whole_when_the_engine_takes_it_and_layer_by_layer_in_an_update():
+    three_layers = {"path": str(DATA / "hf_torch" / "qwen2-swa"), "lora_rank": 2}
+    c = config(model=three_layers, actor={"offload": ["params"]}, algorithm={"adv_estimator": "grpo"})
+    update, publication = (found := make_plan(c, described("cpu:8"), only=["update_actor", "update_weights"])).programs
+    base = found.resident_host["base"]
+
+    def arriving(p, *own: str) -> int:
+        beside = sum(size for name, size in found.resident.items() if name not in ("actor", "base", *own))
+        return p.peak - beside - p.arguments - p.outputs - p.temporaries
+
+    assert arriving(publication, "engine") == base > 0 and arriving(update, "actor optimizer") == 2 * base // 3
+
+
 # Budgets: a tensor that grows whole on a device, or a collective more, is a mistake in the sharding.
 
 

@@ -54,6 +54,7 @@ class Work:
     mesh: Mesh | None = None  # where it is not that of the actor: of another role, or the layout of generation
     uses: tuple[str, ...] = ()  # what of `Run.resident` is among its arguments
     frees: tuple[str, ...] = ()  # and what is let go before it runs
+    whole: tuple[str, ...] = ()  # of `uses`, what comes whole where it waits in host memory, and not layer by layer
 
     @property
     def micro_batches(self) -> int:
@@ -126,13 +127,15 @@ def _training(c: Config, roles: Roles) -> list[Work]:
     mini_batch = c.actor.ppo_mini_batch_size * c.rollout.n
     platform = roles.mesh.devices.flat[0].platform
 
-    def work(name: str, kind: str, model: ModelConfig, mesh: Mesh, lower, num, max_tokens: int, uses, epochs=0) -> Work:
+    def work(
+        name: str, kind: str, model: ModelConfig, mesh: Mesh, lower, num, max_tokens: int, uses, epochs=0, whole=()
+    ) -> Work:
         M, R, T = shape = micro_batches_of(c, mesh, num, max_tokens)
         ways = num_row_shards(mesh)
         targets = T // (d.max_prompt_length + d.max_response_length) * d.max_response_length
         chunks = -(-targets * (R // ways) // chunk_slots(ways, R // ways * T, platform))
         calls = max(1, epochs * sequences // mini_batch)
-        return Work(name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), mesh, uses)
+        return Work(name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), mesh, uses, whole=whole)
 
     policy, state, frozen = roles.policy, roles.abstract_state(), roles.abstract_frozen
     base, tokens = ("base",) if roles.has_adapters else (), c.actor.ppo_max_token_len_per_gpu
@@ -153,14 +156,15 @@ def _training(c: Config, roles: Roles) -> list[Work]:
         values.append(work("values", "forward", critic.config, mesh, lower, sequences, most, ("critic",)))
         lower = partial(critic.lower_step, state["critic"], {})
         uses = ("critic", "critic optimizer")
-        update.append(
-            work("update_critic", "update", critic.config, mesh, lower, mini_batch, most, uses, c.critic.ppo_epochs)
-        )
+        counts = mini_batch, most
+        update.append(work(
+            "update_critic", "update", critic.config, mesh, lower, *counts, uses, c.critic.ppo_epochs, ("critic",)
+        ))  # fmt: skip
     lower = partial(policy.lower_step, state["actor"], frozen)
     uses = ("actor", "actor optimizer", *base)
-    update.append(
-        work("update_actor", "update", roles.model, roles.mesh, lower, mini_batch, tokens, uses, c.actor.ppo_epochs)
-    )
+    update.append(work(
+        "update_actor", "update", roles.model, roles.mesh, lower, mini_batch, tokens, uses, c.actor.ppo_epochs, ("actor",)
+    ))  # fmt: skip
     return [*forward, *values, *update]
 
 
@@ -219,7 +223,7 @@ def _generation(run: Run, c: Config, roles: Roles) -> tuple[list[Work], Work]:
         if name == "gen" or any(x > y for x, y in zip(largest, training, strict=True)):
             generation += _decoding(name, engine, weights, batch, largest)
     uses = ("actor", "base") if roles.has_adapters else ("actor",)
-    publish = Work("update_weights", lambda: unstack, roles.model, "move", uses=uses, frees=("engine",))
+    publish = Work("update_weights", lambda: unstack, roles.model, "move", uses=uses, frees=("engine",), whole=uses)
     return generation, publish
 
 

@@ -161,12 +161,10 @@ def _waiting(work: Work, run: Run) -> tuple[int, int]:
     """Bytes in host memory that a program reads, and those of them that are on the device at once.
 
     Counted, for the compilers that know no host memory (XLA for described GPUs, and for CPUs, whose memory is one):
-    what is streamed by layers needs room for two of them, weights that are trained or published come whole.
+    what is streamed by layers needs room for two of them.
     """
-    names = [name for name in work.uses if name in run.offloaded]
-    sizes = {name: waiting_bytes(run.resident[name]) for name in names}
-    streamed = {name for name in names if "optimizer" in name or work.kind == "forward" or name == "base"}
-    at_once = {name: 2 * size // work.model.num_layers if name in streamed else size for name, size in sizes.items()}
+    sizes = {name: waiting_bytes(run.resident[name]) for name in work.uses if name in run.offloaded}
+    at_once = {name: size if name in work.whole else 2 * size // work.model.num_layers for name, size in sizes.items()}
     return sum(sizes.values()), sum(at_once.values())
 
 
