@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -153,6 +154,18 @@ def test_an_offloaded_base_comes_whole_when_the_engine_takes_it_and_layer_by_lay
         return p.peak - beside - p.arguments - p.outputs - p.temporaries
 
     assert arriving(publication, "engine") == base > 0 and arriving(update, "actor optimizer") == 2 * base // 3
+
+
+def test_a_base_in_four_bits_is_planned_packed(tmp_path):
+    folder = DATA / "bnb_nf4" / "llama-nf4-double"
+    c = config(model={"path": str(folder), "lora_rank": 2}, algorithm={"adv_estimator": "grpo"})
+    planned, real = (roles_of(c, make_mesh(2, 2, 2), find) for find in (described_model, open_pretrained))
+    assert planned.model == real.model and real.model.packed is not None
+    codes = [x for x in jax.tree.leaves(planned.abstract_frozen["packed"]) if x.dtype == np.uint8]
+    assert codes
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="is in 4 bits, and which of its weights are packed stands in their files"):
+        described_model(str(tmp_path))
 
 
 # Budgets: a tensor that grows whole on a device, or a collective more, is a mistake in the sharding.
