@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -129,18 +130,20 @@ def _gpus(name: str, hardware: Hardware, sizes: list[int]) -> Topology:
     # The plugin would look for a driver; compiling needs none.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     devices = _topology_devices(
-        name, "cuda", "plan-gpu", topology_name=hardware.name, topology=f"1x{nodes}x{per_node}",
-        target_config=hardware.target,
+        name, "cuda", "plan-gpu", ("jax_cuda13_plugin", "jax_cuda12_plugin"),
+        topology_name=hardware.name, topology=f"1x{nodes}x{per_node}", target_config=hardware.target,
     )  # fmt: skip
     return Topology(name, hardware, devices, per_node)
 
 
 def _tpus(name: str, hardware: Hardware, sizes: list[int]) -> Topology:
-    devices = _topology_devices(name, "tpu", "plan-tpu", topology_name=name)
+    devices = _topology_devices(name, "tpu", "plan-tpu", ("libtpu",), topology_name=name)
     return Topology(name, hardware, devices, math.prod(sizes))
 
 
-def _topology_devices(name: str, platform: str, extra: str, **description: str) -> tuple[Any, ...]:
+def _topology_devices(
+    name: str, platform: str, extra: str, plugins: tuple[str, ...], **description: str
+) -> tuple[Any, ...]:
     from jax.experimental import topologies
 
     # What is compiled for absent devices cannot be read back from the cache.
@@ -149,10 +152,12 @@ def _topology_devices(name: str, platform: str, extra: str, **description: str) 
         return tuple(topologies.get_topology_desc(platform=platform, **description).devices)
     except Exception as error:  # plugins raise what they like: not installed, or a shape that they do not build
         first = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"topology {name!r} cannot be compiled for here ({first}): pip install -e '.[{extra}]' brings the compiler "
-            "for it, which needs no such device"
-        ) from None
+    if any(importlib.util.find_spec(plugin) for plugin in plugins):
+        raise ValueError(f"topology {name!r} is none that its compiler knows ({first}): give it another shape")
+    raise ValueError(
+        f"topology {name!r} cannot be compiled for here ({first}): pip install -e '.[{extra}]' brings the compiler "
+        "for it, which needs no such device"
+    )
 
 
 def _cpus(name: str, hardware: Hardware, sizes: list[int]) -> Topology:

@@ -6,6 +6,7 @@ traffic a device. `pip install -e '.[plan-gpu]'` or `'.[plan-tpu]'` brings the c
 
 import argparse
 import json
+import math
 import os
 import sys
 
@@ -21,9 +22,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     # What is compiled for is described, not looked for: JAX itself starts on the CPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if args.topology.startswith("cpu:"):
-        number = args.topology.removeprefix("cpu:")
-        flags = os.environ.get("XLA_FLAGS", "")
+    sizes = args.topology.removeprefix("cpu:").split("x")
+    if all(size.isdigit() for size in sizes):  # else it is no topology of CPUs, or none at all
+        flags, number = os.environ.get("XLA_FLAGS", ""), math.prod(map(int, sizes))
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={number}"
     try:
         from jaxrl.config import load

@@ -305,7 +305,7 @@ def test_what_the_axis_tensor_does_not_divide_is_computed_on_each_of_its_devices
         ("h900:2x8", "topology 'h900:2x8' is not known: give kind:shape, .* Kinds: a100, h100, h200, v5e, v5p, cpu"),
         ("h100", "topology 'h100' is not known"),
         ("h100:2x2x8", "GPUs are nodes x devices, for example h100:2x8"),
-        ("cpu:64", "wants 64 CPU devices and there are 8: set XLA_FLAGS=--xla_force_host_platform_device_count=64"),
+        ("cpu:2x32", "wants 64 CPU devices and there are 8: set XLA_FLAGS=--xla_force_host_platform_device_count=64"),
     ],
 )
 def test_a_topology_that_nobody_knows_is_refused_in_words(topology, message):
@@ -342,6 +342,32 @@ def test_the_verdict_says_by_how_much_and_what_to_change():
     json.dumps(small.to_dict())
 
 
+XLA_SAYS = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (36.29G) exceeds "
+    "available HBM (15.75G)."
+)
+
+
+def test_what_xla_does_not_compile_because_it_cannot_fit_does_not_fit(monkeypatch):
+    topology = described("cpu:2")
+
+    def compile(self, *args, **kwargs):
+        raise jax.errors.JaxRuntimeError(XLA_SAYS)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+    found = make_plan(config("1x2x1"), topology, only=["update_actor"])
+    assert not found.fits and found.programs[0].temporaries == int(36.29 * 2**30)
+    said = verdict(found)
+    assert said.startswith(
+        "does not fit: update_actor needs 39.0 GB, 31.0 too many. XLA says of update_actor: Ran out of"
+    )
+    assert "(36.29G) exceeds available HBM (15.75G). Raise mesh.fsdp" in said
+    table(found), json.dumps(found.to_dict())
+    tried: list[str] = []
+    assert sweep(config(), topology, say=tried.append) == []
+    assert {line.split(",")[0] for line in tried} == {"mesh 2x1x1", "mesh 1x2x1", "mesh 1x1x2"}  # it went on
+
+
 def test_a_sweep_proposes_what_fits_and_offloads_only_where_it_must():
     topology = dataclasses.replace(described("cpu:2"), per_node=1)  # no tensor across nodes
     small = dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, memory=1.9e6))
@@ -364,6 +390,14 @@ def test_every_mesh_of_a_topology_is_tried_with_tensor_within_a_node():
         (2, 1, 2),
         (1, 2, 2),
     ]
+
+
+def test_the_shape_of_a_slice_that_its_compiler_does_not_know_is_refused_in_words():
+    pytest.importorskip("libtpu", reason="the extra plan-tpu is not installed")
+    with pytest.raises(
+        ValueError, match="topology 'v5e:3x5' is none that its compiler knows .*: give it another shape"
+    ):
+        described("v5e:3x5")
 
 
 def test_a_plan_for_two_nodes_of_h100_on_a_machine_without_one():

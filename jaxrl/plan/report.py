@@ -7,16 +7,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from ..config import Config
 from ..parallel import make_mesh
 from ..reward_model import reward_model_of
-from ..topology import Topology
+from ..topology import Hardware, Topology
 from .costs import bytes_of, cost, waiting_bytes
 from .hlo import facts
 from .programs import Run, Work, programs_of, roles_of
@@ -43,6 +46,9 @@ class Program:
     network_bytes: float  # and between nodes
     seconds: dict[str, float]  # that compute, memory, link, network and host would each take alone
     compile_seconds: float
+    refused: str = (
+        ""  # what XLA says, where it does not compile what cannot fit; then numbers are the least, without traffic
+    )
 
     @property
     def bound(self) -> str:
@@ -78,7 +84,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.memory
+        return self.peak <= self.memory and not any(p.refused for p in self.programs)
 
     @property
     def step_seconds(self) -> float:
@@ -119,7 +125,14 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
 
 def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology) -> Program:
     start = time.perf_counter()
-    compiled = work.lower().compile()
+    beside = sum(size for name, size in resident.items() if name not in (*work.uses, *work.frees))
+    lowered = work.lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        return _refused(work, run, beside, resident, topology, str(error), time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None, "this backend does not account for its programs"
@@ -128,8 +141,7 @@ def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology)
     if not host:
         host, arriving = _waiting(work, run)
         arguments -= host
-    beside = sum(size for name, size in resident.items() if name not in (*work.uses, *work.frees))
-    mesh_shape, hardware = dict((work.mesh or run.mesh).shape), topology.hardware
+    mesh_shape = dict((work.mesh or run.mesh).shape)
     found = facts(text, run.mesh.size, work.loops)
     traffic, between = defaultdict(float), 0.0
     for collective in found.collectives:
@@ -140,21 +152,45 @@ def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology)
     if work.kind == "move":
         memory_bytes = float(work.calls * (memory.argument_size_in_bytes + memory.output_size_in_bytes))
     within = sum(traffic.values()) - between
-    times = 2 if work.kind == "update" else 1  # there and back
     return Program(
         name=work.name, calls=work.calls, arguments=arguments, outputs=outputs,
         temporaries=memory.temp_size_in_bytes, host=host + memory.host_temp_size_in_bytes,
         peak=beside + arguments + outputs + memory.temp_size_in_bytes + arriving,
         largest=found.largest, largest_bytes=found.largest_bytes, flops=flops, memory_bytes=memory_bytes,
         traffic=dict(traffic), link_bytes=within, network_bytes=between, compile_seconds=seconds,
-        seconds={
-            "compute": flops / hardware.flops,
-            "memory": memory_bytes / hardware.memory_bandwidth,
-            "link": within / hardware.link,
-            "network": between / hardware.network,
-            "host": times * work.calls * host / hardware.host_link,
-        },
+        seconds=_seconds(work, topology.hardware, flops, memory_bytes, within, between, host),
     )  # fmt: skip
+
+
+def _refused(
+    work: Work, run: Run, beside: int, resident: dict[str, int], topology: Topology, error: str, seconds: float
+) -> Program:
+    """A program that XLA does not compile because its temporaries alone are more than a device has."""
+    words = " ".join(error.removeprefix("RESOURCE_EXHAUSTED:").split())
+    numbers = re.findall(r"(\d+(?:\.\d+)?)([KMGT])", words)
+    needed = max((int(float(number) * 2 ** (10 * " KMGT".index(unit))) for number, unit in numbers), default=0)
+    arguments, (host, _) = sum(resident[name] for name in work.uses), _waiting(work, run)
+    flops, memory_bytes = (work.calls * x for x in cost(work, dict((work.mesh or run.mesh).shape)))
+    return Program(
+        name=work.name, calls=work.calls, arguments=arguments, outputs=0, temporaries=needed, host=host,
+        peak=beside + arguments + needed, largest="", largest_bytes=0, flops=flops, memory_bytes=memory_bytes, traffic={},
+        link_bytes=0.0, network_bytes=0.0, compile_seconds=seconds, refused=words,
+        seconds=_seconds(work, topology.hardware, flops, memory_bytes, 0.0, 0.0, host),
+    )  # fmt: skip
+
+
+def _seconds(
+    work: Work, hardware: Hardware, flops: float, memory_bytes: float, within: float, between: float, host: int
+) -> dict[str, float]:
+    """What each part of a device would take for all calls of a step, alone."""
+    times = 2 if work.kind == "update" else 1  # there and back
+    return {
+        "compute": flops / hardware.flops,
+        "memory": memory_bytes / hardware.memory_bandwidth,
+        "link": within / hardware.link,
+        "network": between / hardware.network,
+        "host": times * work.calls * host / hardware.host_link,
+    }
 
 
 def _waiting(work: Work, run: Run) -> tuple[int, int]:
@@ -209,7 +245,11 @@ def verdict(plan: Plan) -> str:
     left = (plan.memory - worst.peak) / 1e9
     if plan.fits:
         return f"fits: {left:.1f} GB of {plan.memory / 1e9:.1f} left at the peak, in {worst.name}"
-    return f"does not fit: {worst.name} needs {worst.peak / 1e9:.1f} GB, {-left:.1f} too many. {advice(plan, worst)}"
+    refused = "".join(f" XLA says of {p.name}: {p.refused.rstrip('.')}." for p in plan.programs if p.refused)
+    if worst.peak <= plan.memory:  # what lies beside the refused is not in XLA's number
+        worst = next(p for p in plan.programs if p.refused)
+        return f"does not fit:{refused} {advice(plan, worst)}"
+    return f"does not fit: {worst.name} needs {worst.peak / 1e9:.1f} GB, {-left:.1f} too many.{refused} {advice(plan, worst)}"
 
 
 def advice(plan: Plan, worst: Program) -> str:
