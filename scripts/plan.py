@@ -14,7 +14,11 @@ import sys
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
-    parser.add_argument("--topology", required=True, help="h100:2x8 (nodes x devices), a100:1x8, v5e:4x4, cpu:8 ...")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="h100:2x8 (nodes x devices), a100:1x8, v5e:4x4, v5e:2:4x4 (slices:chips), cpu:8",
+    )
     parser.add_argument("--sweep", action="store_true", help="try meshes, remat and micro-batches; propose what fits")
     parser.add_argument("--programs", help="compile these alone, for example update_actor,gen/decode")
     parser.add_argument("--json", action="store_true", help="print JSON")

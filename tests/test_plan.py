@@ -257,6 +257,17 @@ def test_the_groups_of_a_collective_are_read_in_every_spelling(written, groups):
     assert collective.groups == groups
 
 
+def test_what_slices_of_tpus_send_through_their_hosts_is_counted():
+    send = (
+        "(f32[4,8]{1,0}, u32[], token[]) send(%p, %t), channel_id=4, is_host_transfer=true, frontend_attributes="
+        '{_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    (collective,) = facts(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %s = {send}\n}}\n", 8).collectives
+    assert (collective.kind, collective.bytes) == ("all-reduce", 128)  # there and back, half of it each
+    assert collective.axes({"data": 2, "fsdp": 4, "tensor": 1}) == ("data",)
+    assert collective.bytes_between_nodes(4) == 128
+
+
 def test_the_flops_of_an_update_are_three_forward_passes_and_one_more_with_full_remat():
     model = ModelConfig.from_hf(json.loads((QWEN3 / "config.json").read_text()))
     work = Work("x", None, model, "update", rows=4, columns=10, targets=5, loops=(3, 1))
@@ -304,6 +315,7 @@ def test_what_the_axis_tensor_does_not_divide_is_computed_on_each_of_its_devices
     [
         ("h900:2x8", "topology 'h900:2x8' is not known: give kind:shape, .* Kinds: a100, h100, h200, v5e, v5p, cpu"),
         ("h100", "topology 'h100' is not known"),
+        ("h100:2:8", "topology 'h100:2:8' is not known"),
         ("h100:2x2x8", "GPUs are nodes x devices, for example h100:2x8"),
         ("cpu:2x32", "wants 64 CPU devices and there are 8: set XLA_FLAGS=--xla_force_host_platform_device_count=64"),
     ],
@@ -398,6 +410,15 @@ def test_the_shape_of_a_slice_that_its_compiler_does_not_know_is_refused_in_word
         ValueError, match="topology 'v5e:3x5' is none that its compiler knows .*: give it another shape"
     ):
         described("v5e:3x5")
+
+
+def test_a_plan_for_two_slices_of_tpus_sends_between_them_along_data_alone():
+    pytest.importorskip("libtpu", reason="the extra plan-tpu is not installed")
+    topology = described("v5e:2:2x2")
+    assert all(mesh["data"] % 2 == 0 for mesh in meshes(topology))
+    found = make_plan(config("2x4x1", model={"compute_dtype": "bfloat16"}), topology, only=["update_actor"]).programs[0]
+    across = sum(sent for name, sent in found.traffic.items() if "data" in name)
+    assert 0 < found.network_bytes <= across and found.link_bytes > 0
 
 
 def test_a_plan_for_two_nodes_of_h100_on_a_machine_without_one():

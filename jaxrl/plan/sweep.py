@@ -53,11 +53,12 @@ def sweep(c: Config, topology: Topology, *, say: Say = lambda line: None) -> lis
 
 
 def meshes(topology: Topology) -> Iterator[dict[str, int]]:
-    """Every data x fsdp x tensor of all devices, `tensor` within a node."""
+    """Every data x fsdp x tensor of all devices, `tensor` within a node; between slices of TPUs, replicas alone."""
     devices = len(topology.devices)
+    slices = devices // topology.per_node if topology.hardware.platform == "tpu" else 1
     for tensor in (n for n in range(1, topology.per_node + 1) if devices % n == 0 and topology.per_node % n == 0):
         rest = devices // tensor
-        for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
+        for fsdp in (n for n in range(1, rest // slices + 1) if rest % (n * slices) == 0):
             yield {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
 
 
