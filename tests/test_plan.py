@@ -99,8 +99,8 @@ def test_the_plan_compiles_the_very_program_that_training_runs_and_tells_its_mem
 def test_every_program_of_a_step_is_in_the_plan_in_its_order():
     names = [p.name for p in plan("2x2x2").programs]
     assert names == [
-        "gen/begin", "gen/keep", "gen/decode", "old_log_prob", "ref", "values", "update_critic", "update_actor",
-        "update_weights",
+        "gen/begin", "gen/keep", "gen/decode", "old_log_prob", "ref", "values", "prepare", "update_critic",
+        "update_actor", "update_weights", "export",
     ]  # fmt: skip
     by_name = {p.name: p for p in plan("2x2x2").programs}
     assert by_name["update_actor"].calls == 2 and by_name["values"].calls == 1  # two mini-batches of 16 prompts
@@ -109,6 +109,20 @@ def test_every_program_of_a_step_is_in_the_plan_in_its_order():
         p = by_name[name]
         own = sum(plan("2x2x2").resident[part] for part in beside)
         assert p.peak == lying - own + p.arguments + p.outputs + p.temporaries
+
+
+def test_an_export_gathers_one_tensor_at_a_time_and_brings_all_of_them_to_a_host():
+    found = next(p for p in plan("2x2x2").programs if p.name == "export")
+    table_of_words = 80 * 32 * 4  # the largest
+    assert (found.calls, found.largest, found.outputs) == (0, "f32[80,32]", table_of_words)
+    layer = 32 * (2 * 4 + 2 * 2) * 16 + 3 * 32 * 40 + 2 * 16 + 2 * 32
+    assert found.fetched == 4 * (2 * layer + 2 * 80 * 32 + 32)
+    assert "export takes 0.0 GB to each host, a tensor at a time, the largest of them f32[80,32]" in table(
+        plan("2x2x2")
+    )
+    served = config(rollout={"engine": "vllm", "vllm": {"urls": ["http://host:8000"]}})
+    (each_step,) = make_plan(served, described("cpu:8"), only=["export"]).programs
+    assert each_step.calls == 1 and each_step.seconds["host"] > 0
 
 
 def test_a_validation_set_is_planned_as_it_is_decoded_and_not_as_a_step_is():

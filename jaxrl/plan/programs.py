@@ -8,28 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..algorithms.advantages import ADVANTAGES
 from ..algorithms.choose import choose
 from ..collector import sampling_of
 from ..config import Config
-from ..learner import micro_batches_of
+from ..learner import micro_batches_of, preparation_of
 from ..models.config import ModelConfig
 from ..models.logprobs import chunk_slots
-from ..parallel import generation_mesh, num_row_shards
+from ..offload import to_device
+from ..parallel import Program, generation_mesh, num_row_shards, replicated
+from ..prepare import lower_prepare
 from ..reward_model import RewardModel
 from ..roles import Roles
 from ..rollout.engine import Sampling
 from ..rollout.jax_engine import JaxEngine, Largest
 from ..rollout.lowering import lower_largest, lower_unstack, outputs
 from ..update import merge
+from ..weights.hf_names import flatten, in_order
 from ..weights.pretrained import Pretrained
 from .sources import described_model
 
@@ -54,6 +59,7 @@ class Work:
     mesh: Mesh | None = None  # where it is not that of the actor: of another role, or the layout of generation
     uses: tuple[str, ...] = ()  # what of `Run.resident` is among its arguments
     frees: tuple[str, ...] = ()  # and what is let go before it runs
+    fetched: int = 0  # bytes that each host takes from its devices
     whole: tuple[str, ...] = ()  # of `uses`, what comes whole where it waits in host memory, and not layer by layer
 
     @property
@@ -74,11 +80,14 @@ class Run:
 
 def roles_of(c: Config, mesh: Mesh, find: Callable[[str], Pretrained] = described_model) -> Roles:
     """The roles of the run, without their weights. `find` opens the model of a path."""
-    estimator = choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator")
-    needs_critic = "values" in inspect.signature(estimator).parameters
+    needs_critic = "values" in inspect.signature(_estimator(c)).parameters
     path = c.model.path
     assert path is not None, "a plan is of a config that names its model"
     return Roles(c, mesh, find(path), steps=1, needs_critic=needs_critic, find=find)
+
+
+def _estimator(c: Config) -> Callable:
+    return choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator")
 
 
 def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
@@ -88,6 +97,7 @@ def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> R
     if c.rollout.engine == "jax":  # another engine has its own devices or its own program
         generation, publication = _generation(run, c, roles)
         run.work = [*generation, *run.work, publication]
+    run.work.append(_export(c, roles))
     return run
 
 
@@ -165,7 +175,39 @@ def _training(c: Config, roles: Roles) -> list[Work]:
     update.append(work(
         "update_actor", "update", roles.model, roles.mesh, lower, mini_batch, tokens, uses, c.actor.ppo_epochs, ("actor",)
     ))  # fmt: skip
-    return [*forward, *values, *update]
+    return [*forward, *values, _preparation(c, roles), *update]
+
+
+def _preparation(c: Config, roles: Roles) -> Work:
+    given = {"ref_logprobs": roles.needs_ref, "values": roles.needs_critic, "log_kept": roles.policy.loss.truncates}
+    given["baselines"] = "baselines" in inspect.signature(_estimator(c)).parameters
+    shape = c.data.train_batch_size * c.rollout.n, c.data.max_response_length
+    lower = partial(lower_prepare, preparation_of(c), shape, replicated(roles.mesh), [n for n in given if given[n]])
+    return Work("prepare", lower, roles.model, "move")
+
+
+def _export(c: Config, roles: Roles) -> Work:
+    """The actor as whole tensors on each host: when the run ends, and for vLLM after every step.
+
+    They come one after the other; the program is that of the largest, as several processes gather it.
+    """
+    variables = merge(roles.abstract_state()["actor"].trained, roles.abstract_frozen)
+    published = c.rollout.engine == "vllm" and c.rollout.vllm.publish == "merged"
+    leaves, tensors = dict(flatten(variables["params"])), list(in_order(roles.model, "lm"))
+    whole = [tensor for tensor in tensors if tensor.parts[0][0].ours in leaves]  # not those in 4 bits
+    row, place = max(whole, key=lambda tensor: math.prod(tensor.shape)).parts[0]
+    dtype = jnp.dtype(roles.model.compute_dtype if published else "float32")
+
+    def gather(variables: Tree) -> jax.Array:
+        return to_device(dict(flatten(variables["params"]))[row.ours])[place].astype(dtype)
+
+    program = Program(roles.mesh, gather, keep_unused=True, out_shardings=replicated(roles.mesh))
+    fetched = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
+    uses = ("actor", "base") if roles.has_adapters else ("actor",)
+    return Work(
+        "export", lambda: program.lower(variables), roles.model, "move", calls=int(published), uses=uses,
+        frees=("engine",), fetched=fetched,
+    )  # fmt: skip
 
 
 class Batch(NamedTuple):

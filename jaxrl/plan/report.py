@@ -36,6 +36,7 @@ class Program:
     outputs: int  # beyond what takes an argument's place
     temporaries: int
     host: int  # in the memory of the host: arguments and temporaries
+    fetched: int  # bytes that each host takes from its devices
     peak: int  # on the device while it runs, with everything that lies there and is not its own
     largest: str  # the largest array of one device in it
     largest_bytes: int
@@ -154,7 +155,7 @@ def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology)
     within = sum(traffic.values()) - between
     return Program(
         name=work.name, calls=work.calls, arguments=arguments, outputs=outputs,
-        temporaries=memory.temp_size_in_bytes, host=host + memory.host_temp_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes, host=host + memory.host_temp_size_in_bytes, fetched=work.fetched,
         peak=beside + arguments + outputs + memory.temp_size_in_bytes + arriving,
         largest=found.largest, largest_bytes=found.largest_bytes, flops=flops, memory_bytes=memory_bytes,
         traffic=dict(traffic), link_bytes=within, network_bytes=between, compile_seconds=seconds,
@@ -172,7 +173,7 @@ def _refused(
     arguments, (host, _) = sum(resident[name] for name in work.uses), _waiting(work, run)
     flops, memory_bytes = (work.calls * x for x in cost(work, dict((work.mesh or run.mesh).shape)))
     return Program(
-        name=work.name, calls=work.calls, arguments=arguments, outputs=0, temporaries=needed, host=host,
+        name=work.name, calls=work.calls, arguments=arguments, outputs=0, temporaries=needed, host=host, fetched=work.fetched,
         peak=beside + arguments + needed, largest="", largest_bytes=0, flops=flops, memory_bytes=memory_bytes, traffic={},
         link_bytes=0.0, network_bytes=0.0, compile_seconds=seconds, refused=words,
         seconds=_seconds(work, topology.hardware, flops, memory_bytes, 0.0, 0.0, host),
@@ -189,7 +190,7 @@ def _seconds(
         "memory": memory_bytes / hardware.memory_bandwidth,
         "link": within / hardware.link,
         "network": between / hardware.network,
-        "host": times * work.calls * host / hardware.host_link,
+        "host": work.calls * (times * host + work.fetched) / hardware.host_link,
     }
 
 
@@ -229,6 +230,11 @@ def table(plan: Plan) -> str:
         sent = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sorted(p.traffic.items(), key=lambda t: -t[1]))
         if sent:
             lines.append(f"  {p.name:<17} {sent}")
+    lines += [
+        f"{p.name} takes {p.fetched / 1e9:.1f} GB to each host, a tensor at a time, the largest of them {p.largest}"
+        for p in plan.programs
+        if p.fetched
+    ]
     lines += [
         "",
         f"a step at best {plan.step_seconds:.1f} s, {plan.step_seconds_one_by_one:.1f} s if nothing overlaps "
