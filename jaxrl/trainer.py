@@ -44,7 +44,7 @@ from .metrics import (
 )
 from .models.flops import update_flops
 from .parallel import generation_mesh, make_mesh, put_replicated
-from .plan.check import check_fits
+from .plan.check import check_fits, check_updates_fit
 from .progress import Progress, plot_rewards
 from .reward_model import reward_model_of
 from .rewards import Score, Scorer, make_scorer
@@ -118,6 +118,7 @@ class Trainer:
         self.compiles = CompileCounter()
         self.roles = Roles(c, self.mesh, self.source, steps=self.steps, needs_critic=self.needs_critic)
         check_fits(c, self.roles, self.reward_model, num_val=0 if self.val is None else len(self.val))
+        check_updates_fit(c, self.roles, self.reward_model)
         if self.reward_model is not None:
             self.reward_model.load()
         self.roles.load(resumed=self.start is not None)

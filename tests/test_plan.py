@@ -16,6 +16,7 @@ import pytest
 
 from jaxrl.config import from_dict
 from jaxrl.learner import micro_batches_of
+from jaxrl.metrics import CompileCounter
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.flops import layer_weights
 from jaxrl.parallel import make_mesh, put_replicated
@@ -117,9 +118,7 @@ def test_an_export_gathers_one_tensor_at_a_time_and_brings_all_of_them_to_a_host
     assert (found.calls, found.largest, found.outputs) == (0, "f32[80,32]", table_of_words)
     layer = 32 * (2 * 4 + 2 * 2) * 16 + 3 * 32 * 40 + 2 * 16 + 2 * 32
     assert found.fetched == 4 * (2 * layer + 2 * 80 * 32 + 32)
-    assert "export takes 0.0 GB to each host, a tensor at a time, the largest of them f32[80,32]" in table(
-        plan("2x2x2")
-    )
+    assert "export takes 0.0 GB to each host, a tensor at a time, the largest of 0.00 GB" in table(plan("2x2x2"))
     served = config(rollout={"engine": "vllm", "vllm": {"urls": ["http://host:8000"]}})
     (each_step,) = make_plan(served, described("cpu:8"), only=["export"]).programs
     assert each_step.calls == 1 and each_step.seconds["host"] > 0
@@ -360,6 +359,36 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
         check.check_fits(c, roles)
 
 
+def test_activations_that_cannot_fit_are_refused_before_weights_are_read(monkeypatch):
+    c = config()
+    roles = roles_of(c, make_mesh(2, 2, 2))
+    peak = next(p for p in plan("2x2x2").programs if p.name == "update_actor").peak
+    monkeypatch.setattr(check, "_memory_of", lambda device: (peak - 1, "a small one"))
+    check.check_fits(c, roles)  # by what lies there it could
+    with pytest.raises(
+        ValueError, match=r"the update of the actor needs .*\(activations and gradients .*model.remat=full"
+    ):
+        check.check_updates_fit(c, roles)
+    monkeypatch.setattr(check, "_memory_of", lambda device: (peak, "one that is large enough"))
+    check.check_updates_fit(c, roles)
+
+
+def test_what_the_check_compiled_is_not_compiled_again_by_the_first_step():
+    c = config()
+    roles, compiled = roles_of(c, make_mesh(2, 2, 2), open_pretrained), CompileCounter()
+    check.check_updates_fit(c, roles)
+    assert compiled.count == 2
+    roles.load(resumed=False)
+    for programs, state in ((roles.policy, roles.actor), (roles.critic, roles.critic_state)):
+        shape = micro_batches_of(c, roles.mesh, 16, 128)
+        inputs = jax.tree.map(
+            lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), programs.abstract_put(shape)
+        )
+        lr, before = put_replicated(roles.mesh, np.float32(1e-6)), compiled.count
+        programs.step_program(state)(state, {}, *inputs, lr)
+        assert compiled.count == before
+
+
 def test_the_verdict_says_by_how_much_and_what_to_change():
     found = plan("2x2x2")
     assert verdict(found).startswith("fits: 8.0 GB of 8.0 left at the peak")
@@ -389,6 +418,8 @@ def test_what_xla_does_not_compile_because_it_cannot_fit_does_not_fit(monkeypatc
     )
     assert "(36.29G) exceeds available HBM (15.75G). Raise mesh.fsdp" in said
     table(found), json.dumps(found.to_dict())
+    with pytest.raises(ValueError, match=r"XLA does not compile the update of the critic \(Ran out .*--sweep"):
+        check.check_updates_fit(config("1x2x1"), roles_of(config("1x2x1"), make_mesh(1, 2, 1)))
     tried: list[str] = []
     assert sweep(config(), topology, say=tried.append) == []
     assert {line.split(",")[0] for line in tried} == {"mesh 2x1x1", "mesh 1x2x1", "mesh 1x1x2"}  # it went on

@@ -101,6 +101,15 @@ def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> R
     return run
 
 
+def updates_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
+    """The updates of critic and actor, with all that lies beside them."""
+    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
+    if c.rollout.engine == "jax":
+        run.resident["engine"] = outputs(lowered_publication(engine_of(c, roles), roles))
+    run.work = [work for work in _training(c, roles) if work.kind == "update"]
+    return run
+
+
 def resident_of(roles: Roles, reward: RewardModel | None = None) -> dict[str, Tree]:
     """Shapes and shardings of what the roles and the reward model hold throughout, by name."""
     state = roles.abstract_state()

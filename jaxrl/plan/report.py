@@ -14,14 +14,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-
 from ..config import Config
 from ..parallel import make_mesh
 from ..reward_model import reward_model_of
 from ..topology import Hardware, Topology
-from .costs import bytes_of, cost, waiting_bytes
+from .costs import cost
 from .hlo import facts
+from .memory import Memory, beside, compiled_or_refused, lying, memory_of, waiting
 from .programs import Run, Work, programs_of, roles_of
 from .sources import described_model
 
@@ -113,35 +112,24 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     """
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices=topology.devices)
     run = programs_of(c, roles_of(c, mesh), reward_model_of(c, mesh, described_model))
-    host = {name: waiting_bytes(tree) if name in run.offloaded else 0 for name, tree in run.resident.items()}
-    device = {name: bytes_of(tree) - host[name] for name, tree in run.resident.items()}
+    device, host = lying(run)
     hardware = topology.hardware
     plan = Plan(topology.name, hardware.name, hardware.source, hardware.memory, dict(mesh.shape), device, host)
     names = [work.name for work in run.work]
     if unknown := set(only or ()) - set(names):
         raise ValueError(f"the run has no program {', '.join(sorted(unknown))}: it has {', '.join(names)}")
-    plan.programs.extend(_compile(work, run, device, topology) for work in run.work if not only or work.name in only)
+    plan.programs.extend(_compile(work, run, topology) for work in run.work if not only or work.name in only)
     return plan
 
 
-def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology) -> Program:
+def _compile(work: Work, run: Run, topology: Topology) -> Program:
     start = time.perf_counter()
-    beside = sum(size for name, size in resident.items() if name not in (*work.uses, *work.frees))
-    lowered = work.lower()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
-        return _refused(work, run, beside, resident, topology, str(error), time.perf_counter() - start)
+    compiled = compiled_or_refused(work.lower())
     seconds = time.perf_counter() - start
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None, "this backend does not account for its programs"
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    arguments, host, arriving = memory.argument_size_in_bytes, memory.host_argument_size_in_bytes, 0
-    if not host:
-        host, arriving = _waiting(work, run)
-        arguments -= host
+    if isinstance(compiled, str):
+        return _refused(work, run, topology, compiled, seconds)
+    memory, text = memory_of(compiled, work, run), compiled.as_text()
+    assert text is not None, "this backend does not show its programs"
     mesh_shape = dict((work.mesh or run.mesh).shape)
     found = facts(text, run.mesh.size, work.loops)
     traffic, between = defaultdict(float), 0.0
@@ -151,32 +139,27 @@ def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology)
         between += collective.bytes_between_nodes(topology.per_node) * collective.times * work.calls
     flops, memory_bytes = (work.calls * x for x in cost(work, mesh_shape))
     if work.kind == "move":
-        memory_bytes = float(work.calls * (memory.argument_size_in_bytes + memory.output_size_in_bytes))
+        memory_bytes = float(work.calls * (memory.arguments + memory.host + memory.outputs))
     within = sum(traffic.values()) - between
     return Program(
-        name=work.name, calls=work.calls, arguments=arguments, outputs=outputs,
-        temporaries=memory.temp_size_in_bytes, host=host + memory.host_temp_size_in_bytes, fetched=work.fetched,
-        peak=beside + arguments + outputs + memory.temp_size_in_bytes + arriving,
+        name=work.name, calls=work.calls, **memory._asdict(), fetched=work.fetched,
         largest=found.largest, largest_bytes=found.largest_bytes, flops=flops, memory_bytes=memory_bytes,
         traffic=dict(traffic), link_bytes=within, network_bytes=between, compile_seconds=seconds,
-        seconds=_seconds(work, topology.hardware, flops, memory_bytes, within, between, host),
+        seconds=_seconds(work, topology.hardware, flops, memory_bytes, within, between, memory.host),
     )  # fmt: skip
 
 
-def _refused(
-    work: Work, run: Run, beside: int, resident: dict[str, int], topology: Topology, error: str, seconds: float
-) -> Program:
+def _refused(work: Work, run: Run, topology: Topology, words: str, seconds: float) -> Program:
     """A program that XLA does not compile because its temporaries alone are more than a device has."""
-    words = " ".join(error.removeprefix("RESOURCE_EXHAUSTED:").split())
     numbers = re.findall(r"(\d+(?:\.\d+)?)([KMGT])", words)
     needed = max((int(float(number) * 2 ** (10 * " KMGT".index(unit))) for number, unit in numbers), default=0)
-    arguments, (host, _) = sum(resident[name] for name in work.uses), _waiting(work, run)
+    arguments, (host, _) = sum(lying(run)[0][name] for name in work.uses), waiting(work, run)
     flops, memory_bytes = (work.calls * x for x in cost(work, dict((work.mesh or run.mesh).shape)))
+    memory = Memory(arguments, 0, needed, host, beside(work, run) + arguments + needed)
     return Program(
-        name=work.name, calls=work.calls, arguments=arguments, outputs=0, temporaries=needed, host=host, fetched=work.fetched,
-        peak=beside + arguments + needed, largest="", largest_bytes=0, flops=flops, memory_bytes=memory_bytes, traffic={},
-        link_bytes=0.0, network_bytes=0.0, compile_seconds=seconds, refused=words,
-        seconds=_seconds(work, topology.hardware, flops, memory_bytes, 0.0, 0.0, host),
+        name=work.name, calls=work.calls, **memory._asdict(), fetched=work.fetched, largest="", largest_bytes=0,
+        flops=flops, memory_bytes=memory_bytes, traffic={}, link_bytes=0.0, network_bytes=0.0, compile_seconds=seconds,
+        seconds=_seconds(work, topology.hardware, flops, memory_bytes, 0.0, 0.0, host), refused=words,
     )  # fmt: skip
 
 
@@ -192,17 +175,6 @@ def _seconds(
         "network": between / hardware.network,
         "host": work.calls * (times * host + work.fetched) / hardware.host_link,
     }
-
-
-def _waiting(work: Work, run: Run) -> tuple[int, int]:
-    """Bytes in host memory that a program reads, and those of them that are on the device at once.
-
-    Counted, for the compilers that know no host memory (XLA for described GPUs, and for CPUs, whose memory is one):
-    what is streamed by layers needs room for two of them.
-    """
-    sizes = {name: waiting_bytes(run.resident[name]) for name in work.uses if name in run.offloaded}
-    at_once = {name: size if name in work.whole else 2 * size // work.model.num_layers for name, size in sizes.items()}
-    return sum(sizes.values()), sum(at_once.values())
 
 
 def table(plan: Plan) -> str:
@@ -227,11 +199,13 @@ def table(plan: Plan) -> str:
         )
     lines += ["", "sent by one device in a step, GB"]
     for p in plan.programs:
-        sent = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sorted(p.traffic.items(), key=lambda t: -t[1]))
+        sent = ", ".join(
+            f"{name} {size / 1e9:.1f}" for name, size in sorted(p.traffic.items(), key=lambda t: -t[1]) if size
+        )
         if sent:
             lines.append(f"  {p.name:<17} {sent}")
     lines += [
-        f"{p.name} takes {p.fetched / 1e9:.1f} GB to each host, a tensor at a time, the largest of them {p.largest}"
+        f"{p.name} takes {p.fetched / 1e9:.1f} GB to each host, a tensor at a time, the largest of {p.outputs / 1e9:.2f} GB"
         for p in plan.programs
         if p.fetched
     ]
