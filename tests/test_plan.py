@@ -7,6 +7,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -58,11 +60,16 @@ def config(mesh: str = "2x2x2", **sections):
     return from_dict({name: given.get(name, {}) | sections.get(name, {}) for name in given | sections})
 
 
+# What may stand behind a mesh: another model, or the same split otherwise.
+MODELS = {"moe": {"path": str(DATA / "hf_torch" / "qwen3-moe")}, "shard_tokens": {"shard_tokens": "attention"}}
+
+
 @cache
 def plan(mesh: str) -> Plan:
-    """All programs on one mesh; on the others, those of training alone."""
+    """All programs on one mesh; on the others, those of training alone. "2x2x2 moe": of a model of `MODELS`."""
+    sizes, _, model = mesh.partition(" ")
     only = None if mesh == "2x2x2" else ("update_critic", "update_actor", "update_weights")
-    return make_plan(config(mesh), described("cpu:8"), only=only)
+    return make_plan(config(sizes, model=MODELS.get(model, {})), described("cpu:8"), only=only)
 
 
 # What is compiled is what runs.
@@ -192,7 +199,7 @@ def budget(p) -> dict:
     }
 
 
-MESHES = ("2x2x2", "1x8x1", "8x1x1", "1x1x8")
+MESHES = ("2x2x2", "1x8x1", "8x1x1", "1x1x8", "2x2x2 moe", "2x2x2 shard_tokens")
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -423,6 +430,30 @@ def test_what_xla_does_not_compile_because_it_cannot_fit_does_not_fit(monkeypatc
     tried: list[str] = []
     assert sweep(config(), topology, say=tried.append) == []
     assert {line.split(",")[0] for line in tried} == {"mesh 2x1x1", "mesh 1x2x1", "mesh 1x1x2"}  # it went on
+
+
+def test_the_script_prints_a_plan_as_json_for_devices_of_this_machine():
+    command = (
+        "scripts/plan.py --config configs/quickstart.yaml --topology cpu:2x2 --json --programs prepare,update_actor"
+    )
+    small = [
+        "model.path=" + str(QWEN3),
+        "mesh.fsdp=4",
+        "data.train_files=none",
+        "data.val_files=null",
+        "critic.num_layers=2",
+    ]
+    root = Path(__file__).parent.parent
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = subprocess.run(
+        [sys.executable, *command.split(), *small], cwd=root, env=environ | {"PYTHONPATH": str(root)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and found["fits"]
+    assert [p["name"] for p in found["programs"]] == ["prepare", "update_actor"]
+    assert found["peak"] == max(p["peak"] for p in found["programs"]) > sum(found["resident"].values()) > 0
 
 
 def test_a_sweep_proposes_what_fits_and_offloads_only_where_it_must():
