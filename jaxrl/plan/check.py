@@ -46,7 +46,9 @@ def least_memory(
     if c.rollout.engine == "jax":
         engine = engine_of(c, roles)
         resident["weights of the engine"] = bytes_of(lowered_publication(engine, roles).out_info)
-        cache = max(cache_bytes(engine, batch.largest(engine)) for batch in batches_of(c, num_val).values())
+        batches = batches_of(c, num_val)
+        batches.pop("turns", None)  # which may be shorter
+        cache = max(cache_bytes(engine, batch.largest(engine)) for batch in batches.values())
         needs.append(Need("generation", resident | {"KV cache": cache}))
     for role in ("critic", "actor"):
         if role in resident:
