@@ -6,6 +6,7 @@ along it), `tensor` (heads, mlp and vocabulary are split along it). Rows of a ba
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Tree = Any
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -57,9 +58,23 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
             f"mesh {shape[0]}x{shape[1]}x{shape[2]} takes {wanted} of the {len(devices)} devices, and of several processes "
             "each must take part with all of its own: raise mesh.data, or set one axis to -1"
         )
+    return Mesh(_arranged(shape, devices[:wanted]), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(shape: list[int], devices: list[Any]) -> np.ndarray:
+    """Devices [data, fsdp, tensor] so that neighbours are near; of several slices of TPUs, each has replicas of its own."""
+    slices = Counter(d.slice_index for d in devices if d.platform == "tpu" and hasattr(d, "slice_index"))
     # On a torus of TPUs an axis of the mesh may be a part of a physical axis.
-    arranged = mesh_utils.create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True)
-    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    if len(slices) < 2:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, fsdp, tensor = shape
+    if data % len(slices) or len(set(slices.values())) > 1:
+        raise ValueError(
+            f"mesh {data}x{fsdp}x{tensor} is on {len(slices)} slices of TPUs of {', '.join(map(str, slices.values()))} "
+            f"chips, between which only replicas may lie: set mesh.data to a multiple of {len(slices)} and take all chips"
+        )
+    within = [data // len(slices), fsdp, tensor]
+    return mesh_utils.create_hybrid_device_mesh(within, [len(slices), 1, 1], devices, allow_split_physical_axes=True)
 
 
 def mesh_of_role(mesh: Mesh, data: int, fsdp: int, tensor: int, key: str) -> Mesh:
@@ -123,7 +138,7 @@ def within_replica() -> Iterator[None]:
         yield
 
 
-def partition(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+def partition(mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """The split of one array; a dimension that its mesh axes do not divide is replicated (here and nowhere else).
 
     A mesh axis splits one dimension of an array, the first that it can: experts, or else what is inside each of them.

@@ -6,7 +6,7 @@ program on [B, T] arrays of the whole step, before packing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -71,13 +71,34 @@ class Prepared(NamedTuple):
 def make_prepare(a: Algorithm) -> Callable[[Inputs], tuple[Prepared, dict[str, float]]]:
     """The compiled stage: host arrays in, host arrays and metrics out. Raises ValueError as `check_algorithm` does."""
     check_algorithm(a)
-    program = jax.jit(lambda inputs: _prepare(a, inputs))
+    program = _program(a)
 
     def prepare(inputs: Inputs) -> tuple[Prepared, dict[str, float]]:
         prepared, metrics = jax.device_get(program(jax.tree.map(np.asarray, inputs)))
         return prepared, {name: float(value) for name, value in metrics.items()}
 
     return prepare
+
+
+def lower_prepare(
+    a: Algorithm, shape: tuple[int, int], sharding: jax.sharding.Sharding, given: Collection[str]
+) -> jax.stages.Lowered:
+    """The same program for sequences [B, T]; `given` are those of the inputs that may be None and are not."""
+
+    def array(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    numbers, column = array(np.float32, *shape), array(np.float32, shape[0])
+    optional = {"ref_logprobs": numbers, "values": numbers, "baselines": column, "log_kept": numbers}
+    return _program(a).lower(Inputs(
+        scores=column, group=array(np.int32, shape[0]), mask=array(np.bool_, *shape), rollout_logprobs=numbers,
+        old_logprobs=numbers, kl_coef=array(np.float32),
+        **{name: x if name in given else None for name, x in optional.items()},
+    ))  # fmt: skip
+
+
+def _program(a: Algorithm) -> Any:
+    return jax.jit(lambda inputs: _prepare(a, inputs))
 
 
 def _prepare(a: Algorithm, x: Inputs) -> tuple[Prepared, dict[str, Any]]:

@@ -7,19 +7,19 @@ the actor. Its score is what the head says at the last token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import Head, Model
+from .config import Config, Head, Model
 from .packing import Sequences, max_micro_batches, pack
 from .parallel import num_row_shards
 from .rewards import Sample, Score
 from .rewards.score import failed, score_of
-from .roles import abstract_variables, load_base, model_config
+from .roles import abstract_variables, computed, load_base, model_config, own_mesh
 from .update import Critic
 from .weights.heads import FoundHead, find_head
 from .weights.pretrained import Pretrained, open_pretrained, with_adapter_merged
@@ -27,23 +27,58 @@ from .weights.pretrained import Pretrained, open_pretrained, with_adapter_merged
 ROWS = 128  # packed rows are a multiple of it long
 
 
+def reward_model_of(
+    c: Config, mesh: jax.sharding.Mesh, find: Callable[[str], Pretrained] = open_pretrained
+) -> RewardModel | None:
+    """That of a run, not loaded; None where it has none."""
+    m = c.reward.model
+    if m.path is None:
+        return None
+    return RewardModel(
+        m.path, own_mesh(mesh, m.mesh, "reward.model"), computed(c.model, m.compute_dtype),
+        max_tokens=c.critic.ppo_max_token_len_per_gpu, head=m.head, find=find,
+    )  # fmt: skip
+
+
 class RewardModel:
-    """Scores samples; stands beside the reward functions in a `Scorer`."""
+    """Scores samples; stands beside the reward functions in a `Scorer`.
+
+    Made of shapes alone, as `Roles`; `load` brings the weights. `find` opens the model of a path.
+    """
 
     whole_batch = True
+    tokenizer: PreTrainedTokenizerBase
+    variables: Any
 
-    def __init__(self, path: str, mesh: jax.sharding.Mesh, model: Model, *, max_tokens: int, head: Head | None = None):
-        source, head = with_adapter_merged(open_pretrained(path)), head or Head()
-        config = model_config(model, source.hf_config, module=head.module)
-        if head.module is None:
-            config = dataclasses.replace(config, score_bias=_linear_head(source, head.path).has_bias)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer)
-        self.mesh = mesh
+    def __init__(
+        self,
+        path: str,
+        mesh: jax.sharding.Mesh,
+        model: Model,
+        *,
+        max_tokens: int,
+        head: Head | None = None,
+        find: Callable[[str], Pretrained] = open_pretrained,
+    ):
+        self.source, head = with_adapter_merged(find(path)), head or Head()
+        config = model_config(model, self.source.hf_config, module=head.module)
+        if head.module is None and self.source.checkpoint.tensors:  # of which a plan may know nothing
+            config = dataclasses.replace(config, score_bias=_linear_head(self.source, head.path).has_bias)
+        self.mesh, self.config, self.head_path = mesh, config, head.path
         self.rows = max(1, max_tokens // ROWS)  # of ROWS tokens in a micro-batch on one device
-        self.max_position = config.max_position
         self.critic = Critic(mesh, config, None, 0.0)
-        abstract = abstract_variables(mesh, config, "score", model.compute_dtype)
-        self.variables = {"params": load_base(source, config, abstract, head_path=head.path)}
+        self.abstract = abstract_variables(mesh, config, "score", model.compute_dtype)
+
+    def load(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source.tokenizer)
+        params = load_base(self.source, self.config, self.abstract, head_path=self.head_path)
+        self.variables = {"params": params}
+
+    def micro_batches(self, num_sequences: int, longest: int) -> tuple[int, int, int]:
+        """[M, R, T]: the shape in which sequences of at most `longest` tokens are scored."""
+        row_length = ROWS << max(0, -(-longest // ROWS) - 1).bit_length()
+        rows = max(1, self.rows * ROWS // row_length) * num_row_shards(self.mesh)
+        return max_micro_batches(num_sequences, row_length, row_length, rows), rows, row_length
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         token_ids = [self._tokenize(sample) for sample in samples]
@@ -53,18 +88,15 @@ class RewardModel:
             token_ids, np.arange(len(samples), dtype=np.int32), column.astype(np.int32) * 0,
             column.astype(bool), column.astype(bool),
         )  # fmt: skip
-        longest = max(map(len, token_ids)) + 1
-        row_length = ROWS << max(0, -(-longest // ROWS) - 1).bit_length()
-        ways = num_row_shards(self.mesh)
-        rows = max(1, self.rows * ROWS // row_length) * ways
+        M, R, T = self.micro_batches(len(samples), max(map(len, token_ids)) + 1)
         layout = pack(
-            sequences, range(len(samples)), row_length=row_length, rows_per_micro_batch=rows, ways=ways, share_prompt=False,
-            max_micro_batches=max_micro_batches(len(samples), row_length, row_length, rows),
+            sequences, range(len(samples)), row_length=T, rows_per_micro_batch=R, max_micro_batches=M,
+            ways=num_row_shards(self.mesh), share_prompt=False,
         )  # fmt: skip
         values = self.critic.values(self.variables, layout)
         return [
-            score_of(float(value)) if len(ids) <= self.max_position
-            else failed(f"{len(ids)} tokens are more than the {self.max_position} of the reward model's context")
+            score_of(float(value)) if len(ids) <= self.config.max_position
+            else failed(f"{len(ids)} tokens are more than the {self.config.max_position} of the reward model's context")
             for ids, value in zip(token_ids, values[:, 0], strict=True)
         ]  # fmt: skip
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -107,19 +108,28 @@ class Topology:
 
 
 def described(topology: str) -> Topology:
-    """The devices of `h100:2x8` (nodes x devices), `v5e:4x4` (chips of one slice) or `cpu:8`.
+    """The devices of `h100:2x8` (nodes x devices), `v5e:4x4` (chips of a slice; of two: `v5e:2:4x4`) or `cpu:8`.
 
     Raises ValueError for a topology that nobody knows, and where the plugin that compiles for it is not installed.
     """
     kind, _, shape = topology.partition(":")
+    slices, several, shape = shape.rpartition(":")
     sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"\d+(x\d+)*", shape) else []
-    if kind not in HARDWARE or not sizes or 0 in sizes:
+    of_tpus = kind in HARDWARE and HARDWARE[kind].platform == "tpu"
+    if (
+        kind not in HARDWARE
+        or not sizes
+        or 0 in sizes
+        or (several and not (of_tpus and re.fullmatch("[1-9]\\d*", slices)))
+    ):
         raise ValueError(
             f"topology {topology!r} is not known: give kind:shape, with nodes x devices for GPUs (h100:2x8), the chips "
-            f"of a slice for TPUs (v5e:4x4, v5p:4x4x4) or cpu:8. Kinds: {', '.join(HARDWARE)}"
+            f"of a slice for TPUs (v5e:4x4, v5p:4x4x4; of two slices v5e:2:4x4) or cpu:8. Kinds: {', '.join(HARDWARE)}"
         )
     hardware = HARDWARE[kind]
-    return {"cuda": _gpus, "tpu": _tpus, "cpu": _cpus}[hardware.platform](topology, hardware, sizes)
+    if of_tpus:
+        return _tpus(topology, hardware, sizes, int(slices or 1))
+    return {"cuda": _gpus, "cpu": _cpus}[hardware.platform](topology, hardware, sizes)
 
 
 def _gpus(name: str, hardware: Hardware, sizes: list[int]) -> Topology:
@@ -129,18 +139,25 @@ def _gpus(name: str, hardware: Hardware, sizes: list[int]) -> Topology:
     # The plugin would look for a driver; compiling needs none.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     devices = _topology_devices(
-        name, "cuda", "plan-gpu", topology_name=hardware.name, topology=f"1x{nodes}x{per_node}",
-        target_config=hardware.target,
+        name, "cuda", "plan-gpu", ("jax_cuda13_plugin", "jax_cuda12_plugin"),
+        topology_name=hardware.name, topology=f"1x{nodes}x{per_node}", target_config=hardware.target,
     )  # fmt: skip
     return Topology(name, hardware, devices, per_node)
 
 
-def _tpus(name: str, hardware: Hardware, sizes: list[int]) -> Topology:
-    devices = _topology_devices(name, "tpu", "plan-tpu", topology_name=name)
+def _tpus(name: str, hardware: Hardware, sizes: list[int], slices: int) -> Topology:
+    # Compiling needs no chip: it neither waits for who has those that are here, nor asks a cloud about them.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    shape = f"{hardware.name}:{'x'.join(map(str, sizes))}"
+    several: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    devices = _topology_devices(name, "tpu", "plan-tpu", ("libtpu",), topology_name=shape, **several)
     return Topology(name, hardware, devices, math.prod(sizes))
 
 
-def _topology_devices(name: str, platform: str, extra: str, **description: str) -> tuple[Any, ...]:
+def _topology_devices(
+    name: str, platform: str, extra: str, plugins: tuple[str, ...], **description: str
+) -> tuple[Any, ...]:
     from jax.experimental import topologies
 
     # What is compiled for absent devices cannot be read back from the cache.
@@ -149,10 +166,12 @@ def _topology_devices(name: str, platform: str, extra: str, **description: str) 
         return tuple(topologies.get_topology_desc(platform=platform, **description).devices)
     except Exception as error:  # plugins raise what they like: not installed, or a shape that they do not build
         first = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"topology {name!r} cannot be compiled for here ({first}): pip install -e '.[{extra}]' brings the compiler "
-            "for it, which needs no such device"
-        ) from None
+    if any(importlib.util.find_spec(plugin) for plugin in plugins):
+        raise ValueError(f"topology {name!r} is none that its compiler knows ({first}): give it another shape")
+    raise ValueError(
+        f"topology {name!r} cannot be compiled for here ({first}): pip install -e '.[{extra}]' brings the compiler "
+        "for it, which needs no such device"
+    )
 
 
 def _cpus(name: str, hardware: Hardware, sizes: list[int]) -> Topology:

@@ -44,14 +44,14 @@ from .metrics import (
 )
 from .models.flops import update_flops
 from .parallel import generation_mesh, make_mesh, put_replicated
-from .plan.check import check_fits
+from .plan.check import check_fits, check_updates_fit
 from .prepare import check_algorithm
 from .progress import Progress, plot_rewards
-from .reward_model import RewardModel
+from .reward_model import reward_model_of
 from .rewards import Score, Scorer, make_scorer
 from .rewards.custom import InThisProcess
 from .rewards.shared import shared
-from .roles import Roles, computed, model_config, own_mesh, policy_loss
+from .roles import Roles, model_config, policy_loss
 from .rollout.engine import Engine
 from .rollout.jax_engine import JaxEngine
 from .rollout.turns import Turns
@@ -114,10 +114,14 @@ class Trainer:
             rows = rows_of(c, self.mesh, c.actor.ppo_max_token_len_per_gpu)
             print(config_module.describe(c, num_rows=rows, steps=self.steps, num_prompts=len(train)), flush=True)
         self._check_choices()
+        self.reward_model = reward_model_of(c, self.mesh)
         self.scorer = self._make_scorer(reward)
         self.compiles = CompileCounter()
         self.roles = Roles(c, self.mesh, self.source, steps=self.steps, needs_critic=self.needs_critic)
-        check_fits(c, self.roles)
+        check_fits(c, self.roles, self.reward_model, num_val=0 if self.val is None else len(self.val))
+        check_updates_fit(c, self.roles, self.reward_model)
+        if self.reward_model is not None:
+            self.reward_model.load()
         self.roles.load(resumed=self.start is not None)
         self.learner = Learner(c, self.roles)
         waiting = None
@@ -225,18 +229,8 @@ class Trainer:
         if given is not None:
             here = InThisProcess(given, timeout_s=r.timeout_s, max_concurrent=64)
             started["reward"] = shared("reward", here, self.link), 1.0
-        if r.model.path is not None:
-            tokens = self.config.critic.ppo_max_token_len_per_gpu
-            started["model"] = (
-                RewardModel(
-                    r.model.path,
-                    own_mesh(self.mesh, r.model.mesh, "reward.model"),
-                    computed(self.config.model, r.model.compute_dtype),
-                    max_tokens=tokens,
-                    head=r.model.head,
-                ),
-                r.model.weight,
-            )
+        if self.reward_model is not None:
+            started["model"] = self.reward_model, r.model.weight
         return make_scorer(
             [(f.name, f.weight, dict(f.kwargs)) for f in r.functions], error_reward=r.error_reward,
             on_error=r.on_error, timeout_s=r.timeout_s, started=started, link=self.link,

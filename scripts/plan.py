@@ -6,6 +6,7 @@ traffic a device. `pip install -e '.[plan-gpu]'` or `'.[plan-tpu]'` brings the c
 
 import argparse
 import json
+import math
 import os
 import sys
 
@@ -13,7 +14,11 @@ import sys
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
-    parser.add_argument("--topology", required=True, help="h100:2x8 (nodes x devices), a100:1x8, v5e:4x4, cpu:8 ...")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="h100:2x8 (nodes x devices), a100:1x8, v5e:4x4, v5e:2:4x4 (slices:chips), cpu:8",
+    )
     parser.add_argument("--sweep", action="store_true", help="try meshes, remat and micro-batches; propose what fits")
     parser.add_argument("--programs", help="compile these alone, for example update_actor,gen/decode")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -21,9 +26,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     # What is compiled for is described, not looked for: JAX itself starts on the CPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if args.topology.startswith("cpu:"):
-        number = args.topology.removeprefix("cpu:")
-        flags = os.environ.get("XLA_FLAGS", "")
+    sizes = args.topology.removeprefix("cpu:").split("x")
+    if all(size.isdigit() for size in sizes):  # else it is no topology of CPUs, or none at all
+        flags, number = os.environ.get("XLA_FLAGS", ""), math.prod(map(int, sizes))
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={number}"
     try:
         from jaxrl.config import load

@@ -1,6 +1,7 @@
 """Attention of packed rows: who sees whom, the plain formula, and that the fused kernels mean the same."""
 
 import typing
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,12 @@ from jaxrl.models.attention import (
     visible,
 )  # fmt: skip
 from jaxrl.models.config import ModelConfig
+from jaxrl.models.decoder import abstract_params
+from jaxrl.optimizer import make_optimizer
+from jaxrl.parallel import make_mesh, use_mesh
+from jaxrl.roles import abstract_train_state, abstract_variables
+from jaxrl.topology import described
+from jaxrl.update import Policy, PolicyLoss
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -158,6 +165,56 @@ def test_splash_equals_xla_on_segments(scoring):
     expected = xla(q, k, v, where, scoring)
     real = np.asarray(where.segments) > 0
     np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    "mesh", [(2, 2, 2), (1, 2, 4), (1, 1, 3)]
+)  # kv heads split, fewer than devices; no head splits
+def test_splash_on_a_mesh_equals_xla_with_its_gradients(mesh):
+    R, T, N, K, H = 4, 128, 4, 2, 32
+    q, k, v, g = draw(R, T, N, H), draw(R, T, K, H, seed=1), draw(R, T, K, H, seed=2), draw(R, T, N, H, seed=3)
+    where = packed([[1] * 50 + [2] * 78] * R)
+    mesh = make_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)])
+
+    def loss(attention, q, k, v):
+        return jnp.sum(attention(q, k, v, where, plain(H)) * g)
+
+    def run(attention):
+        return jax.jit(jax.value_and_grad(partial(loss, attention), argnums=(0, 1, 2)))(q, k, v)
+
+    with use_mesh(mesh):
+        got = run(partial(attention_splash, interpret=True))
+    # Sums of up to 128 numbers in float32, in another order.
+    jax.tree.map(partial(np.testing.assert_allclose, atol=3e-4), got, run(attention_xla))
+
+
+@pytest.mark.parametrize("attention", ["splash", "cudnn"])
+def test_weights_are_described_where_their_kernel_could_not_run(attention):
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    plain, fused = (ModelConfig.from_hf({"model_type": "llama", **sizes}, attention=a) for a in ("xla", attention))
+    assert abstract_params(fused) == abstract_params(plain)
+
+
+def test_an_update_with_splash_compiles_for_tpus_on_a_mesh():
+    pytest.importorskip("libtpu", reason="the extra plan-tpu is not installed")
+    model = ModelConfig.from_hf({
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 256,
+    }, attention="splash", compute_dtype="bfloat16")  # fmt: skip
+    devices = described("v5e:2x2").devices
+    for shape in ((1, 4, 1), (2, 2, 1), (1, 2, 2)):
+        mesh = make_mesh(*shape, devices=devices)
+        optimizer = make_optimizer()
+        policy = Policy(mesh, model, optimizer, PolicyLoss())
+        state = abstract_train_state(optimizer, abstract_variables(mesh, model, "lm"))
+        text = policy.lower_step(state, {}, (2, 8, 256)).compile().as_text()
+        assert text is not None and "splash" in text
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN is here")

@@ -380,3 +380,20 @@ def test_a_mesh_splits_the_weights_over_tensor_and_the_cache_over_sequences_and_
 def test_a_prompt_that_the_model_cannot_answer_is_refused_in_words(prompt, words):
     with pytest.raises(ValueError, match=words):
         engine_of().generate([*prompts_of(3), prompt], Sampling(20), seed=0)
+
+
+@pytest.mark.parametrize("num_prompts, n, max_num_seqs", [(5, 1, 8), (13, 5, 8), (20, 3, 16), (3, 2, 64)])
+def test_the_largest_batch_is_that_of_the_largest_call_within_a_generation(num_prompts, n, max_num_seqs):
+    config = ModelConfig.from_hf(load_hf_config(DATA / "qwen3"))
+    engine = JaxEngine(config, make_mesh(1, 2, 1, devices=jax.devices()[:2]), max_num_seqs=max_num_seqs)
+    prompts, sampling = prompts_of(*[7] * num_prompts), Sampling(40, n=n)
+    batches = [
+        engine._inputs(prompts, np.arange(start, min(start + max_num_seqs, num_prompts * n)), n)
+        for start in range(0, num_prompts * n, max_num_seqs)
+    ]
+    largest = engine.largest(num_prompts, 7, sampling)
+    assert largest.prompts == max(tokens.shape[0] * tokens.shape[1] for _, (tokens, *_) in batches)
+    assert largest.sequences == max(len(owner) for owner, _ in batches)
+    assert (largest.prompt_columns, largest.columns) == (32, 96)  # 40 tokens take 64 columns
+    unknown = engine.largest(None, 7, sampling)
+    assert unknown.sequences == max_num_seqs and unknown.prompts >= largest.prompts

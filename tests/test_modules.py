@@ -50,6 +50,7 @@ def hidden_of_transformers(folder: Path, ids: list[int]):
 def test_reward_of_phi3_with_a_head_of_its_own_is_that_of_the_last_hidden_state(phi3):
     model = Model(path=str(phi3), compute_dtype="float32")
     rewarder = RewardModel(str(phi3), make_mesh(1, 1, 1), model, max_tokens=256, head=Head(module=MODULE))
+    rewarder.load()
     assert {"lm_head", "reward_head"} <= rewarder.variables["params"].keys()
     sample = Sample("1+1=", "2", "2", "sums", {}, 1, True)
     (score,) = rewarder.score([sample])

@@ -334,3 +334,34 @@ def test_minus_one_takes_the_devices_that_are_left(sizes, shape):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_in_words(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(*sizes)
+
+
+# Several slices of TPUs.
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip of a line of four, as jax describes them."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+
+
+CHIPS = [Chip(4 * slice_index + x, slice_index, (x, 0, 0)) for slice_index in (0, 1) for x in range(4)]
+
+
+def test_between_slices_of_tpus_lie_replicas_alone():
+    replicas = make_mesh(4, -1, 1, devices=CHIPS).devices
+    assert replicas.shape == (4, 2, 1)
+    assert [{chip.slice_index for chip in replica.flat} for replica in replicas] == [{0}, {0}, {1}, {1}]
+
+
+@pytest.mark.parametrize("shape", [(1, -1, 1), (1, 4, 2), (2, 3, 1)])
+def test_a_mesh_that_would_cross_slices_otherwise_is_refused_in_words(shape):
+    with pytest.raises(ValueError, match=r"is on 2 slices of TPUs of 4, [24] chips.* set mesh.data to a multiple of 2"):
+        make_mesh(*shape, devices=CHIPS)

@@ -6,6 +6,9 @@
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,14 +18,18 @@ import pytest
 
 from jaxrl.config import from_dict
 from jaxrl.learner import micro_batches_of
+from jaxrl.metrics import CompileCounter
 from jaxrl.models.config import ModelConfig
+from jaxrl.models.flops import layer_weights
 from jaxrl.parallel import make_mesh, put_replicated
 from jaxrl.plan import check
-from jaxrl.plan.costs import cost
+from jaxrl.plan.costs import bytes_of, cost
 from jaxrl.plan.hlo import facts
-from jaxrl.plan.programs import Work, roles_of
+from jaxrl.plan.programs import Work, batches_of, programs_of, roles_of
 from jaxrl.plan.report import Plan, make_plan, table, verdict
+from jaxrl.plan.sources import described_model
 from jaxrl.plan.sweep import meshes, sweep, sweep_table
+from jaxrl.reward_model import reward_model_of
 from jaxrl.topology import described
 from jaxrl.weights.pretrained import open_pretrained
 
@@ -53,11 +60,16 @@ def config(mesh: str = "2x2x2", **sections):
     return from_dict({name: given.get(name, {}) | sections.get(name, {}) for name in given | sections})
 
 
+# What may stand behind a mesh: another model, or the same split otherwise.
+MODELS = {"moe": {"path": str(DATA / "hf_torch" / "qwen3-moe")}, "shard_tokens": {"shard_tokens": "attention"}}
+
+
 @cache
 def plan(mesh: str) -> Plan:
-    """All programs on one mesh; on the others, those of training alone."""
+    """All programs on one mesh; on the others, those of training alone. "2x2x2 moe": of a model of `MODELS`."""
+    sizes, _, model = mesh.partition(" ")
     only = None if mesh == "2x2x2" else ("update_critic", "update_actor", "update_weights")
-    return make_plan(config(mesh), described("cpu:8"), only=only)
+    return make_plan(config(sizes, model=MODELS.get(model, {})), described("cpu:8"), only=only)
 
 
 # What is compiled is what runs.
@@ -95,7 +107,8 @@ def test_the_plan_compiles_the_very_program_that_training_runs_and_tells_its_mem
 def test_every_program_of_a_step_is_in_the_plan_in_its_order():
     names = [p.name for p in plan("2x2x2").programs]
     assert names == [
-        "gen/begin", "gen/decode", "old_log_prob", "ref", "values", "update_critic", "update_actor", "update_weights"
+        "gen/begin", "gen/keep", "gen/decode", "old_log_prob", "ref", "values", "prepare", "update_critic",
+        "update_actor", "update_weights", "export",
     ]  # fmt: skip
     by_name = {p.name: p for p in plan("2x2x2").programs}
     assert by_name["update_actor"].calls == 2 and by_name["values"].calls == 1  # two mini-batches of 16 prompts
@@ -104,6 +117,75 @@ def test_every_program_of_a_step_is_in_the_plan_in_its_order():
         p = by_name[name]
         own = sum(plan("2x2x2").resident[part] for part in beside)
         assert p.peak == lying - own + p.arguments + p.outputs + p.temporaries
+
+
+def test_an_export_gathers_one_tensor_at_a_time_and_brings_all_of_them_to_a_host():
+    found = next(p for p in plan("2x2x2").programs if p.name == "export")
+    table_of_words = 80 * 32 * 4  # the largest
+    assert (found.calls, found.largest, found.outputs) == (0, "f32[80,32]", table_of_words)
+    layer = 32 * (2 * 4 + 2 * 2) * 16 + 3 * 32 * 40 + 2 * 16 + 2 * 32
+    assert found.fetched == 4 * (2 * layer + 2 * 80 * 32 + 32)
+    assert "export takes 0.0 GB to each host, a tensor at a time, the largest of 0.00 GB" in table(plan("2x2x2"))
+    served = config(rollout={"engine": "vllm", "vllm": {"urls": ["http://host:8000"]}})
+    (each_step,) = make_plan(served, described("cpu:8"), only=["export"]).programs
+    assert each_step.calls == 1 and each_step.seconds["host"] > 0
+
+
+def test_a_validation_set_is_planned_as_it_is_decoded_and_not_as_a_step_is():
+    c = config(data={"val_files": "none"}, rollout={"max_num_seqs": 64})
+    roles = roles_of(c, make_mesh(2, 2, 2))
+    rows = {work.name: (work.calls, work.rows) for work in programs_of(c, roles).work if "/" in work.name}
+    assert rows["gen/begin"] == rows["gen/decode"] == (1, 32)  # a step has 32 prompts
+    assert rows["val/begin"] == rows["val/keep"] == rows["val/decode"] == (0, 64)
+
+    def cache(num_val: int | None) -> int:
+        (need,) = (need for need in check.least_memory(c, roles, num_val=num_val) if need.when == "generation")
+        return need.parts["KV cache"]
+
+    assert cache(None) == cache(1000) == 2 * cache(20) == 2 * cache(0)  # the trainer knows how many prompts there are
+
+
+def test_a_reward_model_is_planned_and_is_in_the_check_before_a_weight_is_read():
+    path = DATA / "heads" / "llama-seqcls-reward"
+    c, mesh = config(reward={"model": {"path": str(path)}}), make_mesh(2, 2, 2)
+    roles, reward = roles_of(c, mesh), reward_model_of(c, mesh, described_model)
+    assert reward is not None
+    for need in check.least_memory(c, roles, reward):
+        assert need.parts["reward model"] == bytes_of(reward.abstract)
+    found = make_plan(c, described("cpu:8"), only=["reward_model"])
+    assert found.resident["reward model"] == bytes_of(reward.abstract)
+    assert found.programs[0].arguments >= bytes_of(reward.abstract)
+
+
+def test_later_turns_are_planned_with_prompts_that_hold_the_turns_before_them():
+    c = config(rollout={"n": 2, "multi_turn": {"function": "f.py:reply"}})
+    batch = batches_of(c)["turns"]
+    assert (batch.num_prompts, batch.longest_prompt, batch.sampling.n) == (64, 63, 1)
+
+
+def test_an_offloaded_base_comes_whole_when_the_engine_takes_it_and_layer_by_layer_in_an_update():
+    three_layers = {"path": str(DATA / "hf_torch" / "qwen2-swa"), "lora_rank": 2}
+    c = config(model=three_layers, actor={"offload": ["params"]}, algorithm={"adv_estimator": "grpo"})
+    update, publication = (found := make_plan(c, described("cpu:8"), only=["update_actor", "update_weights"])).programs
+    base = found.resident_host["base"]
+
+    def arriving(p, *own: str) -> int:
+        beside = sum(size for name, size in found.resident.items() if name not in ("actor", "base", *own))
+        return p.peak - beside - p.arguments - p.outputs - p.temporaries
+
+    assert arriving(publication, "engine") == base > 0 and arriving(update, "actor optimizer") == 2 * base // 3
+
+
+def test_a_base_in_four_bits_is_planned_packed(tmp_path):
+    folder = DATA / "bnb_nf4" / "llama-nf4-double"
+    c = config(model={"path": str(folder), "lora_rank": 2}, algorithm={"adv_estimator": "grpo"})
+    planned, real = (roles_of(c, make_mesh(2, 2, 2), find) for find in (described_model, open_pretrained))
+    assert planned.model == real.model and real.model.packed is not None
+    codes = [x for x in jax.tree.leaves(planned.abstract_frozen["packed"]) if x.dtype == np.uint8]
+    assert codes
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="is in 4 bits, and which of its weights are packed stands in their files"):
+        described_model(str(tmp_path))
 
 
 # Budgets: a tensor that grows whole on a device, or a collective more, is a mistake in the sharding.
@@ -117,7 +199,7 @@ def budget(p) -> dict:
     }
 
 
-MESHES = ("2x2x2", "1x8x1", "8x1x1", "1x1x8")
+MESHES = ("2x2x2", "1x8x1", "8x1x1", "1x1x8", "2x2x2 moe", "2x2x2 shard_tokens")
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -195,6 +277,17 @@ def test_the_groups_of_a_collective_are_read_in_every_spelling(written, groups):
     assert collective.groups == groups
 
 
+def test_what_slices_of_tpus_send_through_their_hosts_is_counted():
+    send = (
+        "(f32[4,8]{1,0}, u32[], token[]) send(%p, %t), channel_id=4, is_host_transfer=true, frontend_attributes="
+        '{_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    (collective,) = facts(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %s = {send}\n}}\n", 8).collectives
+    assert (collective.kind, collective.bytes) == ("all-reduce", 128)  # there and back, half of it each
+    assert collective.axes({"data": 2, "fsdp": 4, "tensor": 1}) == ("data",)
+    assert collective.bytes_between_nodes(4) == 128
+
+
 def test_the_flops_of_an_update_are_three_forward_passes_and_one_more_with_full_remat():
     model = ModelConfig.from_hf(json.loads((QWEN3 / "config.json").read_text()))
     work = Work("x", None, model, "update", rows=4, columns=10, targets=5, loops=(3, 1))
@@ -208,6 +301,32 @@ def test_the_flops_of_an_update_are_three_forward_passes_and_one_more_with_full_
     assert cost(dataclasses.replace(work, kind="forward"), mesh).flops == 3 * (forward + head) / 4
 
 
+QWEN3_MOE = ModelConfig.from_hf({
+    "model_type": "qwen3_moe", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+})  # fmt: skip
+
+
+def test_of_experts_a_plan_counts_those_that_a_token_chooses():
+    attention = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048
+    layers = 48 * (attention + 2048 * 128 + 8 * 3 * 2048 * 768)
+    assert layer_weights(QWEN3_MOE) == layers  # 2.7 of the 29.9 thousand millions that lie in memory
+    work = Work("x", None, QWEN3_MOE, "forward", rows=8, columns=10, targets=5, loops=(1, 1))
+    forward = 80 * (2 * layers + 48 * 4 * 10 * 32 * 128) + 2 * 40 * 151_936 * 2048
+    router = 80 * 2 * 48 * 2048 * 128  # which the axis tensor does not split
+    assert cost(work, {"data": 1, "fsdp": 4, "tensor": 2}).flops == (forward + router) / 8
+
+
+def test_what_the_axis_tensor_does_not_divide_is_computed_on_each_of_its_devices():
+    model = ModelConfig.from_hf(json.loads(Path("configs/models/qwen2-7b/config.json").read_text()))
+    work = Work("x", None, model, "forward", rows=8, columns=16, targets=0, loops=(1, 1))
+    D, F, N, K, H, L = 3584, 18_944, 28, 4, 128, 28
+    attention, mlp = 2 * D * (2 * N + 2 * K) * H + 4 * 16 * N * H, 2 * 3 * D * F
+    assert cost(work, {"data": 1, "fsdp": 2, "tensor": 4}).flops == 128 * L * (attention + mlp) / 8
+    assert cost(work, {"data": 1, "fsdp": 1, "tensor": 8}).flops == 128 * L * (attention + mlp / 8)
+
+
 # What cannot be, in words.
 
 
@@ -216,8 +335,9 @@ def test_the_flops_of_an_update_are_three_forward_passes_and_one_more_with_full_
     [
         ("h900:2x8", "topology 'h900:2x8' is not known: give kind:shape, .* Kinds: a100, h100, h200, v5e, v5p, cpu"),
         ("h100", "topology 'h100' is not known"),
+        ("h100:2:8", "topology 'h100:2:8' is not known"),
         ("h100:2x2x8", "GPUs are nodes x devices, for example h100:2x8"),
-        ("cpu:64", "wants 64 CPU devices and there are 8: set XLA_FLAGS=--xla_force_host_platform_device_count=64"),
+        ("cpu:2x32", "wants 64 CPU devices and there are 8: set XLA_FLAGS=--xla_force_host_platform_device_count=64"),
     ],
 )
 def test_a_topology_that_nobody_knows_is_refused_in_words(topology, message):
@@ -246,12 +366,94 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
         check.check_fits(c, roles)
 
 
+def test_activations_that_cannot_fit_are_refused_before_weights_are_read(monkeypatch):
+    c = config()
+    roles = roles_of(c, make_mesh(2, 2, 2))
+    peak = next(p for p in plan("2x2x2").programs if p.name == "update_actor").peak
+    monkeypatch.setattr(check, "_memory_of", lambda device: (peak - 1, "a small one"))
+    check.check_fits(c, roles)  # by what lies there it could
+    with pytest.raises(
+        ValueError, match=r"the update of the actor needs .*\(activations and gradients .*model.remat=full"
+    ):
+        check.check_updates_fit(c, roles)
+    monkeypatch.setattr(check, "_memory_of", lambda device: (peak, "one that is large enough"))
+    check.check_updates_fit(c, roles)
+
+
+def test_what_the_check_compiled_is_not_compiled_again_by_the_first_step():
+    c = config()
+    roles, compiled = roles_of(c, make_mesh(2, 2, 2), open_pretrained), CompileCounter()
+    check.check_updates_fit(c, roles)
+    assert compiled.count == 2
+    roles.load(resumed=False)
+    for programs, state in ((roles.policy, roles.actor), (roles.critic, roles.critic_state)):
+        shape = micro_batches_of(c, roles.mesh, 16, 128)
+        inputs = jax.tree.map(
+            lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), programs.abstract_put(shape)
+        )
+        lr, before = put_replicated(roles.mesh, np.float32(1e-6)), compiled.count
+        programs.step_program(state)(state, {}, *inputs, lr)
+        assert compiled.count == before
+
+
 def test_the_verdict_says_by_how_much_and_what_to_change():
     found = plan("2x2x2")
     assert verdict(found).startswith("fits: 8.0 GB of 8.0 left at the peak")
     small = dataclasses.replace(found, memory=1e5)
     assert not small.fits and "does not fit: " in verdict(small) and "aise mesh.fsdp" in table(small)
     json.dumps(small.to_dict())
+
+
+XLA_SAYS = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (36.29G) exceeds "
+    "available HBM (15.75G)."
+)
+
+
+def test_what_xla_does_not_compile_because_it_cannot_fit_does_not_fit(monkeypatch):
+    topology = described("cpu:2")
+
+    def compile(self, *args, **kwargs):
+        raise jax.errors.JaxRuntimeError(XLA_SAYS)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
+    found = make_plan(config("1x2x1"), topology, only=["update_actor"])
+    assert not found.fits and found.programs[0].temporaries == int(36.29 * 2**30)
+    said = verdict(found)
+    assert said.startswith(
+        "does not fit: update_actor needs 39.0 GB, 31.0 too many. XLA says of update_actor: Ran out of"
+    )
+    assert "(36.29G) exceeds available HBM (15.75G). Raise mesh.fsdp" in said
+    table(found), json.dumps(found.to_dict())
+    with pytest.raises(ValueError, match=r"XLA does not compile the update of the critic \(Ran out .*--sweep"):
+        check.check_updates_fit(config("1x2x1"), roles_of(config("1x2x1"), make_mesh(1, 2, 1)))
+    tried: list[str] = []
+    assert sweep(config(), topology, say=tried.append) == []
+    assert {line.split(",")[0] for line in tried} == {"mesh 2x1x1", "mesh 1x2x1", "mesh 1x1x2"}  # it went on
+
+
+def test_the_script_prints_a_plan_as_json_for_devices_of_this_machine():
+    command = (
+        "scripts/plan.py --config configs/quickstart.yaml --topology cpu:2x2 --json --programs prepare,update_actor"
+    )
+    small = [
+        "model.path=" + str(QWEN3),
+        "mesh.fsdp=4",
+        "data.train_files=none",
+        "data.val_files=null",
+        "critic.num_layers=2",
+    ]
+    root = Path(__file__).parent.parent
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = subprocess.run(
+        [sys.executable, *command.split(), *small], cwd=root, env=environ | {"PYTHONPATH": str(root)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1} and found["fits"]
+    assert [p["name"] for p in found["programs"]] == ["prepare", "update_actor"]
+    assert found["peak"] == max(p["peak"] for p in found["programs"]) > sum(found["resident"].values()) > 0
 
 
 def test_a_sweep_proposes_what_fits_and_offloads_only_where_it_must():
@@ -276,6 +478,23 @@ def test_every_mesh_of_a_topology_is_tried_with_tensor_within_a_node():
         (2, 1, 2),
         (1, 2, 2),
     ]
+
+
+def test_the_shape_of_a_slice_that_its_compiler_does_not_know_is_refused_in_words():
+    pytest.importorskip("libtpu", reason="the extra plan-tpu is not installed")
+    with pytest.raises(
+        ValueError, match="topology 'v5e:3x5' is none that its compiler knows .*: give it another shape"
+    ):
+        described("v5e:3x5")
+
+
+def test_a_plan_for_two_slices_of_tpus_sends_between_them_along_data_alone():
+    pytest.importorskip("libtpu", reason="the extra plan-tpu is not installed")
+    topology = described("v5e:2:2x2")
+    assert all(mesh["data"] % 2 == 0 for mesh in meshes(topology))
+    found = make_plan(config("2x4x1", model={"compute_dtype": "bfloat16"}), topology, only=["update_actor"]).programs[0]
+    across = sum(sent for name, sent in found.traffic.items() if "data" in name)
+    assert 0 < found.network_bytes <= across and found.link_bytes > 0
 
 
 def test_a_plan_for_two_nodes_of_h100_on_a_machine_without_one():

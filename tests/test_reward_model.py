@@ -43,7 +43,9 @@ def folder(tmp_path):
 
 
 def model_of(path: str, mesh=(1, 1, 1), max_tokens=256) -> RewardModel:
-    return RewardModel(path, make_mesh(*mesh), Model(path=path, compute_dtype="float32"), max_tokens=max_tokens)
+    model = RewardModel(path, make_mesh(*mesh), Model(path=path, compute_dtype="float32"), max_tokens=max_tokens)
+    model.load()
+    return model
 
 
 def sample(text: str, messages=None) -> Sample:

@@ -7,14 +7,17 @@ scores [R, N, T, T] in memory.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from .config import ModelConfig
+from .on_mesh import axes_along, compiler_axes
 
 ALL = 1 << 30  # a window that holds every token, where windows are numbers of the program
 
@@ -145,21 +148,41 @@ def attention_splash(q, k, v, where: Where, scoring: Scoring, interpret: bool = 
     """Splash attention (Pallas, TPU): T a multiple of 128, head size a multiple of 128 on the chip.
 
     It knows segments but not prefixes: the config refuses `share_prompt` with it. A window counts columns, which within
-    a segment are positions; it is the same in every layer. No ALiBi, no sinks.
+    a segment are positions; it is the same in every layer. No ALiBi, no sinks. On a mesh each device takes its rows and
+    heads: the compiler cannot split a kernel.
     """
+    q = (q * scoring.scale).astype(q.dtype)
+    local = partial(_splash, window=scoring.window, softcap=scoring.softcap, interpret=interpret)
+    axes = compiler_axes()
+    if not axes:
+        return local(q, k, v, where.segments)
+    rows, heads = axes_along("rows", q.shape[0]), axes_along("heads", q.shape[2])
+    if axes_along("kv_heads", k.shape[2]) != heads:  # too few to split as the queries are: one for each query's head
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    of_heads, of_rows = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+    return jax.shard_map(
+        local,
+        in_specs=(of_heads, of_heads, of_heads, of_rows),
+        out_specs=of_heads,
+        axis_names=set(axes),
+        check_vma=False,
+    )(q, k, v, where.segments)
+
+
+def _splash(q, k, v, segments, *, window: Any, softcap: float, interpret: bool):
+    """Of rows and heads on one device; queries are scaled."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, N = q.shape[1], q.shape[2]
-    window: Any = scoring.window
     one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([one] * N), head_shards=1, q_seq_shards=1, interpret=interpret,
-        attn_logits_soft_cap=scoring.softcap or None,
+        attn_logits_soft_cap=softcap or None,
     )  # fmt: skip
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
-    heads_first = [x.swapaxes(1, 2) for x in ((q * scoring.scale).astype(q.dtype), k, v)]
-    attended: Any = jax.vmap(kernel)(*heads_first, segment_ids=splash.SegmentIds(where.segments, where.segments))
+    heads_first = [x.swapaxes(1, 2) for x in (q, k, v)]
+    attended: Any = jax.vmap(kernel)(*heads_first, segment_ids=splash.SegmentIds(segments, segments))
     return attended.swapaxes(1, 2)
 
 

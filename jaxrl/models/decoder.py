@@ -6,6 +6,7 @@ arrays under the collections "params", "lora" (adapters) and "packed" (kernels i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -253,6 +254,9 @@ def init_params(config: ModelConfig, head: str, key: Array) -> Tree:
 
 def _init(config: ModelConfig, head: str, key: Array) -> Any:
     tokens = jnp.ones((1, 2), jnp.int32)
+    config = replace(
+        config, attention="xla"
+    )  # no weight depends on it, and a kernel wants its hardware and more tokens
     return decoder_class(config)(config, head).init(key, tokens, tokens, tokens, tokens)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import jax
+from jax.sharding import PartitionSpec
 from jaxtyping import Int
 from numpy import ndarray
 
@@ -18,17 +20,32 @@ from .config import ModelConfig
 from .decoder import abstract_params
 
 
+class Kernel(NamedTuple):
+    """A matrix of a run of layers: shape and logical axes, and which part of it one token is multiplied with."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    part: float
+
+
 @cache
+def layer_kernels(config: ModelConfig) -> tuple[Kernel, ...]:
+    """The matrices of all layers, stacked by layer: of experts, a token chooses a part."""
+    params, axes = (tree["params"] for tree in abstract_params(replace(config, packed=None, module=None)))
+    kernels = []
+    for run in config.runs:
+        words = jax.tree.leaves(axes[run.name], is_leaf=lambda x: isinstance(x, PartitionSpec))
+        for (path, leaf), names in zip(jax.tree.leaves_with_path(params[run.name]), words, strict=True):
+            *_, module, name = (str(getattr(key, "key", "")) for key in path)
+            if name == "kernel":
+                part = config.experts_per_token / config.num_experts if module.startswith("expert_") else 1.0
+                kernels.append(Kernel(leaf.shape, tuple(names), part))
+    return tuple(kernels)
+
+
 def layer_weights(config: ModelConfig) -> int:
     """Weights in the matrices of all layers that one token is multiplied with."""
-    params = abstract_params(replace(config, packed=None))[0]
-    total = 0.0
-    for path, leaf in jax.tree.leaves_with_path([params["params"][run.name] for run in config.runs]):
-        *_, module, name = (str(getattr(key, "key", "")) for key in path)
-        if name == "kernel":
-            part = config.experts_per_token / config.num_experts if module.startswith("expert_") else 1
-            total += part * math.prod(leaf.shape)
-    return round(total)
+    return round(sum(kernel.part * math.prod(kernel.shape) for kernel in layer_kernels(config)))
 
 
 def update_flops(

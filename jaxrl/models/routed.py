@@ -8,18 +8,17 @@ on CPUs and NVIDIA GPUs jax 0.10 makes of it every expert on every token.)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from .logprobs import platform_of_mesh
+from .on_mesh import axes_along, compiler_axes
 
 Tree = Any
 Expert = Callable[[Tree, Float[Array, "N D"]], Float[Array, "N D"]]  # what one says; its weights are without the axis E
@@ -159,17 +158,12 @@ class Cut(NamedTuple):
 
     @classmethod
     def of_mesh(cls, weights: Tree, x: Float[Array, "B T D"]) -> Cut:
-        mesh = jax.sharding.get_abstract_mesh()
-        axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+        axes = compiler_axes()
         if not axes:
             return cls()
-
-        def along(word: str, size: int) -> tuple[str, ...]:
-            names = tuple(name for name in _mesh_axes(word) if name in axes)
-            return names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
-
-        experts = along("expert", _num_experts(weights))
-        return cls(along("rows", x.shape[0]), () if experts else along("tokens", x.shape[1]), experts, axes)
+        experts = axes_along("expert", _num_experts(weights))
+        tokens = () if experts else axes_along("tokens", x.shape[1])
+        return cls(axes_along("rows", x.shape[0]), tokens, experts, axes)
 
     def run(self, function: Callable, weights: Tree, by_rows: tuple, *, out: tuple[str, ...]) -> tuple:
         """`function(weights, *by_rows)` on each device. `out` says of what it gives whether it is of rows or of weights."""
@@ -190,12 +184,6 @@ class Cut(NamedTuple):
             here, in_specs=(PartitionSpec(self.experts), *[of_rows] * len(by_rows)),
             out_specs=tuple(specs[word] for word in out), axis_names=set(self.axes), check_vma=False,
         )(weights, *by_rows)  # fmt: skip
-
-
-def _mesh_axes(word: str) -> tuple[str, ...]:
-    """What a word on an axis means here (`parallel.RULES`)."""
-    axes: Any = nn.logical_to_mesh_axes((word,))
-    return (axes[0],) if isinstance(axes[0], str) else axes[0] or ()
 
 
 def _num_experts(weights: Tree) -> int:

@@ -1,28 +1,28 @@
 """Whether a run can fit on the devices that are here, said before a weight is loaded.
 
-Nothing is compiled for it: what lies on a device throughout is known exactly from shapes and shardings, and a program
-needs at least its gradients or its KV cache beside it. What passes may still run out by its activations; `scripts/plan.py`
-compiles and tells.
+`check_fits` compiles nothing: what lies on a device throughout is known exactly from shapes and shardings, and a program
+needs at least its gradients or its KV cache beside it. `check_updates_fit` compiles the updates, whose activations
+decide: the first step finds them compiled. The other programs are `scripts/plan.py`'s to compile.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from ..config import Config
-from ..models.config import ModelConfig
-from ..parallel import generation_mesh, partition
+from ..reward_model import RewardModel
 from ..roles import Roles
-from ..rollout.jax_engine import BUCKET, JaxEngine, round_up
-from ..update import merge
-from .costs import bytes_of, waiting_bytes
-from .programs import offloaded_of, resident_of
+from ..rollout.lowering import cache_bytes
+from .costs import bytes_of
+from .memory import compiled_or_refused, lying, memory_of
+from .programs import Run, batches_of, engine_of, lowered_publication, offloaded_of, resident_of, updates_of
 
 GB = 1e9
+SWEEP = "`scripts/plan.py --sweep` finds what fits"
+WORK = "activations and gradients"
 
 
 class Need(NamedTuple):
@@ -36,21 +36,20 @@ class Need(NamedTuple):
         return sum(self.parts.values())
 
 
-def least_memory(c: Config, roles: Roles) -> list[Need]:
-    """Of generation, and of the updates of critic and actor."""
-    offloaded = offloaded_of(c, roles)
-    resident = {
-        name: bytes_of(tree) - (waiting_bytes(tree) if name in offloaded else 0)
-        for name, tree in resident_of(roles).items()
-    }
+def least_memory(
+    c: Config, roles: Roles, reward: RewardModel | None = None, *, num_val: int | None = None
+) -> list[Need]:
+    """Of generation, and of the updates of critic and actor. `num_val`: as `programs.batches_of` takes it."""
+    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
+    resident = lying(run)[0]
     needs = []
     if c.rollout.engine == "jax":
-        mesh = generation_mesh(roles.mesh, c.rollout.tensor_model_parallel_size)
-        engine = JaxEngine(roles.model, mesh, max_num_seqs=c.rollout.max_num_seqs)
-        state = roles.abstract_state()["actor"]
-        weights = engine.programs.unstack.lower(merge(state.trained, roles.abstract_frozen)).out_info
-        resident["weights of the engine"] = bytes_of(weights)
-        needs.append(Need("generation", resident | {"KV cache": _cache_bytes(c, engine, roles.model)}))
+        engine = engine_of(c, roles)
+        resident["weights of the engine"] = bytes_of(lowered_publication(engine, roles).out_info)
+        batches = batches_of(c, num_val)
+        batches.pop("turns", None)  # which may be shorter
+        cache = max(cache_bytes(engine, batch.largest(engine)) for batch in batches.values())
+        needs.append(Need("generation", resident | {"KV cache": cache}))
     for role in ("critic", "actor"):
         if role in resident:
             trained = roles.abstract_state()[role].trained
@@ -58,10 +57,29 @@ def least_memory(c: Config, roles: Roles) -> list[Need]:
     return needs
 
 
-def check_fits(c: Config, roles: Roles) -> None:
+def check_fits(c: Config, roles: Roles, reward: RewardModel | None = None, *, num_val: int | None = None) -> None:
     """Raises ValueError, with what lies where and what to change, for a run that cannot fit on the mesh's devices."""
+    _refuse(roles, least_memory(c, roles, reward, num_val=num_val))
+
+
+def check_updates_fit(c: Config, roles: Roles, reward: RewardModel | None = None) -> None:
+    """The same by XLA's account of the updates of critic and actor, which are compiled here and not again."""
+    run, needs = updates_of(c, roles, reward), []
+    resident = lying(run)[0]
+    for work in run.work:
+        compiled, role = compiled_or_refused(work.lower()), work.name.removeprefix("update_")
+        if isinstance(compiled, str):
+            raise ValueError(
+                f"this run cannot fit: XLA does not compile the update of the {role} ({compiled}): {SWEEP}"
+            )
+        memory = memory_of(compiled, work, run)
+        needs.append(Need(f"the update of the {role}", resident | {WORK: memory.peak - sum(resident.values())}))
+    _refuse(roles, needs)
+
+
+def _refuse(roles: Roles, needs: list[Need]) -> None:
     limit, name = _memory_of(roles.mesh.local_devices[0])
-    worst = max(least_memory(c, roles), key=lambda need: need.total)
+    worst = max(needs, key=lambda need: need.total)
     if limit is None or worst.total <= limit:
         return
     parts = sorted(worst.parts.items(), key=lambda part: -part[1])
@@ -71,19 +89,12 @@ def check_fits(c: Config, roles: Roles) -> None:
         cures.append("actor.offload=[optimizer] (and the critic's), or adapters (model.lora_rank)")
     if parts[0][0] == "KV cache":
         cures.insert(0, "a smaller rollout.max_num_seqs")
+    if parts[0][0] == WORK:
+        cures.insert(0, "a smaller ppo_max_token_len_per_gpu of that role, or model.remat=full")
     raise ValueError(
         f"this run cannot fit: {worst.when} needs at least {worst.total / GB:.2f} GB on a device, and {name} has "
-        f"{limit / GB:.2f} ({listed}). What helps: {'; '.join(cures)}. `scripts/plan.py --sweep` finds what fits"
+        f"{limit / GB:.2f} ({listed}). What helps: {'; '.join(cures)}. {SWEEP}"
     )
-
-
-def _cache_bytes(c: Config, engine: JaxEngine, model: ModelConfig) -> int:
-    sequences = engine.padded(min(c.data.train_batch_size * c.rollout.n, engine.max_num_seqs))
-    columns = engine.prompt_columns(c.data.max_prompt_length) + round_up(c.data.max_response_length, BUCKET)
-    shape = sequences, model.num_kv_heads, columns, model.head_dim
-    spec = partition(engine.mesh, ("rows", "kv_heads", None, None), shape)
-    held = jax.sharding.NamedSharding(engine.mesh, spec).shard_shape(shape)
-    return 2 * model.num_layers * math.prod(held) * jax.numpy.dtype(model.compute_dtype).itemsize
 
 
 def _memory_of(device: Any) -> tuple[float | None, str]:

@@ -2,7 +2,7 @@
 
 FLOPs are those of the products: with the weights, in attention, with the head. Bytes of memory are the least that the
 program moves if nothing but the fastest caches is fused away: weights, optimizer state, activations at the products,
-attention scores where the implementation writes them, logits, the KV cache. Both are per device, evenly divided.
+attention scores where the implementation writes them, logits, the KV cache. Both are of one device.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AbstractMesh
 
 from ..models.config import ModelConfig
-from ..models.decoder import abstract_params
+from ..models.flops import layer_kernels
 from ..offload import waits
+from ..parallel import partition
 from .programs import Work
 
 SCORE_BYTES = 10  # of an attention score that goes through memory: float32 written and read, its weight written
@@ -22,11 +24,12 @@ LOGIT_BYTES = 12  # float32 written, read for the normaliser and for the word
 
 
 class Sizes(NamedTuple):
-    """Of a model: numbers of weights in products."""
+    """Of a model, on one device of the axis `tensor`: numbers of weights in products, and what these read and write."""
 
-    layers: int
-    head: int
-    widths: int  # what the products of one token in all layers read and write, in elements
+    layers: float  # that one token is multiplied with: of experts, those that it chooses
+    stored: float  # of all layers
+    head: float
+    widths: float  # of the activations of one token in all layers, in elements
 
 
 class Cost(NamedTuple):
@@ -34,51 +37,63 @@ class Cost(NamedTuple):
     memory_bytes: float
 
 
-def sizes_of(model: ModelConfig, head: str) -> Sizes:
-    params = abstract_params(model, head)[0]["params"]
-    layers = [params[run.name] for run in model.runs]
-    kernels = [leaf for path, leaf in jax.tree.leaves_with_path(layers) if getattr(path[-1], "key", "") == "kernel"]
-    c = model
-    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    widths = 2 * c.hidden_size + heads + c.num_heads * c.head_dim + c.hidden_size + 2 * c.hidden_size
-    widths += 3 * c.intermediate_size
-    table = 0 if head == "score" else c.vocab_size * c.hidden_size
-    return Sizes(sum(math.prod(kernel.shape) for kernel in kernels), table, c.num_layers * widths)
+def sizes_of(model: ModelConfig, head: str, mesh: AbstractMesh) -> Sizes:
+    c, tensor, layers, stored = model, mesh.shape["tensor"], 0.0, 0.0
+    for kernel in layer_kernels(c):
+        split = any("tensor" in (names or ()) for names in partition(mesh, kernel.axes, kernel.shape))
+        numbers = math.prod(kernel.shape) / (tensor if split else 1)
+        layers, stored = layers + kernel.part * numbers, stored + numbers
+    heads = (
+        2 * c.num_heads / _ways(tensor, c.num_heads) + 2 * c.num_kv_heads / _ways(tensor, c.num_kv_heads)
+    ) * c.head_dim
+    widths = 5 * c.hidden_size * c.num_layers + heads * c.num_layers
+    for run in c.runs:
+        mlp = c.experts_per_token * c.expert_size if run.is_sparse else c.intermediate_size
+        widths += len(run.layers) * 3 * mlp / tensor
+    table = 0 if head == "score" else c.vocab_size * c.hidden_size / _ways(tensor, c.vocab_size)
+    return Sizes(layers, stored, table, widths)
+
+
+def _ways(tensor: int, size: int) -> int:
+    """How often the axis `tensor` splits a dimension: one that it does not divide is whole on every device."""
+    return tensor if size % tensor == 0 else 1
 
 
 def cost(work: Work, mesh_shape: dict[str, int]) -> Cost:
-    """Of one call on one device."""
+    """Of one call on one device: rows are split over `data` and `fsdp`, and over `tensor` what it divides."""
     if work.kind == "move":  # what goes in and out; `report.py` knows it from XLA
         return Cost(0.0, 0.0)
-    c = work.model
-    sizes = sizes_of(c, "score" if c.score_bias else "lm")
-    devices, tensor = math.prod(mesh_shape.values()), mesh_shape["tensor"]
+    c, fsdp, tensor = work.model, mesh_shape["fsdp"], mesh_shape["tensor"]
+    sizes = sizes_of(
+        c, "score" if c.score_bias else "lm", AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape.keys()))
+    )
     width = 2 if c.compute_dtype == "bfloat16" else 4
+    rows = work.rows / (mesh_shape["data"] * fsdp)
     count = 1 if work.kind == "decode" else work.columns
-    tokens, targets = work.rows * count, work.rows * work.targets
-    attended = c.num_layers * 4 * work.columns * c.num_heads * c.head_dim
+    tokens, targets = rows * count, rows * work.targets
+    split = tensor if c.shard_tokens == "attention" else _ways(tensor, c.num_heads)
+    attended = c.num_layers * 4 * work.columns * c.num_heads * c.head_dim / split
     body, head = tokens * (2 * sizes.layers + attended), 2 * targets * sizes.head
     passes, head_passes = 1.0, 1.0
     if work.kind == "update":
         passes = (2.0 if c.lora_rank else 3.0) + (c.remat in ("full", "offload"))
         head_passes = 4.0  # forward, again for the gradient, and the two products of the gradient
-    flops = work.micro_batches * (passes * body + head_passes * head) / devices
+    flops = work.micro_batches * (passes * body + head_passes * head)
 
-    weights = (sizes.layers + sizes.head) / tensor
-    memory = passes * weights * width
+    memory = passes * (min(sizes.stored, tokens * sizes.layers) + sizes.head) * width
+    words = c.vocab_size / _ways(tensor, c.vocab_size)
     if work.kind == "decode":
-        cache = 2 * c.num_layers * work.rows * work.columns * c.num_kv_heads * c.head_dim
-        memory += width * cache / devices + LOGIT_BYTES * targets * c.vocab_size / devices
+        cache = 2 * c.num_layers * rows * work.columns * c.num_kv_heads * c.head_dim / _ways(tensor, c.num_kv_heads)
+        memory += width * cache + LOGIT_BYTES * targets * words
     else:
-        scores = c.num_layers * tokens * work.columns * c.num_heads * SCORE_BYTES if c.attention == "xla" else 0
-        logits = LOGIT_BYTES * targets * (c.vocab_size if sizes.head else 0)
-        memory += (passes * (tokens * sizes.widths * width + scores) + head_passes * logits / 2) / devices
+        scores = c.num_layers * tokens * work.columns * c.num_heads / split * SCORE_BYTES if c.attention == "xla" else 0
+        logits = LOGIT_BYTES * targets * (words if sizes.head else 0)
+        memory += passes * (tokens * sizes.widths * width + scores) + head_passes * logits / 2
     memory *= work.micro_batches
     if work.kind == "update":
-        shard = mesh_shape["fsdp"] * tensor
-        trained = 0 if c.lora_rank else sizes.layers + 2 * sizes.head
-        memory += work.micro_batches * 8 * trained / shard  # gradients added up in float32
-        memory += 28 * trained / shard  # parameters and two moments read and written, gradients read
+        trained = 0 if c.lora_rank else (sizes.stored + 2 * sizes.head) / fsdp
+        memory += work.micro_batches * 8 * trained  # gradients added up in float32
+        memory += 28 * trained  # parameters and two moments read and written, gradients read
     return Cost(flops, memory)
 
 

@@ -29,6 +29,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _MESHED = re.compile(
     r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
+_MEGASCALE = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}.*?_xla_megascale_transfer_type="(\w+)"')
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"(\d+)"')
 
 
@@ -91,6 +92,8 @@ def facts(text: str, num_partitions: int, loops: Sequence[int] = ()) -> Facts:
             groups = _groups(instruction.rest, num_partitions)
             if sent := _sent(instruction, opcode, len(groups[0])):
                 found[opcode, sent, groups] += times
+        if opcode == "send" and (collective := _between_slices(instruction, num_partitions)):
+            found[collective] += times
         if not instruction.type.startswith("("):
             size = _bytes(instruction.type)
             if size > largest:
@@ -158,6 +161,22 @@ def _sent(instruction: _Instruction, opcode: str, group: int) -> float:
     if opcode == "collective-permute":
         return size
     return (2 if opcode == "all-reduce" else 1) * size * (group - 1) / group
+
+
+def _between_slices(instruction: _Instruction, num_partitions: int) -> tuple[str, float, tuple] | None:
+    """(kind, bytes, groups) of what slices of TPUs send each other through their hosts, which XLA writes as a `send`.
+
+    The slices take part with their devices of the same number; in our meshes, partitions are numbered slice by slice.
+    """
+    found = _MEGASCALE.search(instruction.rest)
+    if found is None:
+        return None
+    slices = sum(int(last or first) - int(first) + 1 for first, last in re.findall(r"(\d+)(?::(\d+))?", found[1]))
+    kind, each = found[2].lower().replace("_", "-"), num_partitions // slices
+    shape = _SHAPE.search(instruction.type)
+    assert shape is not None
+    size = _bytes(shape[0]) * ((2 if kind == "all-reduce" else 1) * (slices - 1) / slices)
+    return kind, size, tuple(tuple(range(number, num_partitions, each)) for number in range(each))
 
 
 def _groups(rest: str, num_partitions: int) -> tuple[tuple[int, ...], ...]:

@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..algorithms.advantages import ADVANTAGES
 from ..algorithms.choose import choose
+from ..collector import sampling_of
 from ..config import Config
 from ..learner import micro_batches_of
 from ..models.config import ModelConfig
 from ..models.logprobs import chunk_slots
-from ..parallel import generation_mesh, num_row_shards
+from ..offload import to_device
+from ..parallel import Program, generation_mesh, num_row_shards, replicated
+from ..prepare import lower_prepare
+from ..reward_model import RewardModel
 from ..roles import Roles
 from ..rollout.engine import Sampling
-from ..rollout.jax_engine import JaxEngine
-from ..rollout.lowering import lower_largest
+from ..rollout.jax_engine import JaxEngine, Largest
+from ..rollout.lowering import lower_largest, lower_unstack, outputs
 from ..update import merge
+from ..weights.hf_names import flatten, in_order
 from ..weights.pretrained import Pretrained
 from .sources import described_model
 
@@ -52,6 +59,8 @@ class Work:
     mesh: Mesh | None = None  # where it is not that of the actor: of another role, or the layout of generation
     uses: tuple[str, ...] = ()  # what of `Run.resident` is among its arguments
     frees: tuple[str, ...] = ()  # and what is let go before it runs
+    fetched: int = 0  # bytes that each host takes from its devices
+    whole: tuple[str, ...] = ()  # of `uses`, what comes whole where it waits in host memory, and not layer by layer
 
     @property
     def micro_batches(self) -> int:
@@ -71,25 +80,38 @@ class Run:
 
 def roles_of(c: Config, mesh: Mesh, find: Callable[[str], Pretrained] = described_model) -> Roles:
     """The roles of the run, without their weights. `find` opens the model of a path."""
-    estimator = choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator")
-    needs_critic = "values" in inspect.signature(estimator).parameters
+    needs_critic = "values" in inspect.signature(_estimator(c)).parameters
     path = c.model.path
     assert path is not None, "a plan is of a config that names its model"
     return Roles(c, mesh, find(path), steps=1, needs_critic=needs_critic, find=find)
 
 
-def programs_of(c: Config, roles: Roles) -> Run:
+def _estimator(c: Config) -> Callable:
+    return choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator")
+
+
+def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
     """Everything that a step of the run executes, in its order."""
-    run = Run(roles.mesh, resident_of(roles), offloaded_of(c, roles))
-    run.work = _training(c, roles)
+    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
+    run.work = [*([] if reward is None else [_scoring(c, reward)]), *_training(c, roles)]
     if c.rollout.engine == "jax":  # another engine has its own devices or its own program
         generation, publication = _generation(run, c, roles)
         run.work = [*generation, *run.work, publication]
+    run.work.append(_export(c, roles))
     return run
 
 
-def resident_of(roles: Roles) -> dict[str, Tree]:
-    """Shapes and shardings of what the roles hold throughout, by name."""
+def updates_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
+    """The updates of critic and actor, with all that lies beside them."""
+    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
+    if c.rollout.engine == "jax":
+        run.resident["engine"] = outputs(lowered_publication(engine_of(c, roles), roles))
+    run.work = [work for work in _training(c, roles) if work.kind == "update"]
+    return run
+
+
+def resident_of(roles: Roles, reward: RewardModel | None = None) -> dict[str, Tree]:
+    """Shapes and shardings of what the roles and the reward model hold throughout, by name."""
     state = roles.abstract_state()
     trees = {"actor": state["actor"].trained, "actor optimizer": state["actor"].opt_state}
     if roles.has_adapters:
@@ -98,6 +120,8 @@ def resident_of(roles: Roles) -> dict[str, Tree]:
         trees["ref"] = roles.ref_abstract
     if roles.needs_critic:
         trees |= {"critic": state["critic"].trained, "critic optimizer": state["critic"].opt_state}
+    if reward is not None:
+        trees["reward model"] = reward.abstract
     return trees
 
 
@@ -109,19 +133,28 @@ def offloaded_of(c: Config, roles: Roles) -> frozenset[str]:
     return frozenset([*names, *("ref" for _ in c.ref.offload)]) & resident_of(roles).keys()
 
 
+def _scoring(c: Config, reward: RewardModel) -> Work:
+    """The reward model on all responses of a step; its tokens are taken to be as many as the actor's."""
+    M, R, T = shape = reward.micro_batches(c.data.train_batch_size * c.rollout.n, c.max_length + 1)
+    lower = partial(reward.critic.lower_values, reward.abstract, shape)
+    return Work("reward_model", lower, reward.config, "forward", 1, R, T, 0, (M,), reward.mesh, ("reward model",))
+
+
 def _training(c: Config, roles: Roles) -> list[Work]:
     """Forward passes over all sequences of a step, and the updates of critic and actor."""
     d, sequences = c.data, c.data.train_batch_size * c.rollout.n
     mini_batch = c.actor.ppo_mini_batch_size * c.rollout.n
     platform = roles.mesh.devices.flat[0].platform
 
-    def work(name: str, kind: str, model: ModelConfig, mesh: Mesh, lower, num, max_tokens: int, uses, epochs=0) -> Work:
+    def work(
+        name: str, kind: str, model: ModelConfig, mesh: Mesh, lower, num, max_tokens: int, uses, epochs=0, whole=()
+    ) -> Work:
         M, R, T = shape = micro_batches_of(c, mesh, num, max_tokens)
         ways = num_row_shards(mesh)
         targets = T // (d.max_prompt_length + d.max_response_length) * d.max_response_length
         chunks = -(-targets * (R // ways) // chunk_slots(ways, R // ways * T, platform))
         calls = max(1, epochs * sequences // mini_batch)
-        return Work(name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), mesh, uses)
+        return Work(name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), mesh, uses, whole=whole)
 
     policy, state, frozen = roles.policy, roles.abstract_state(), roles.abstract_frozen
     base, tokens = ("base",) if roles.has_adapters else (), c.actor.ppo_max_token_len_per_gpu
@@ -142,41 +175,124 @@ def _training(c: Config, roles: Roles) -> list[Work]:
         values.append(work("values", "forward", critic.config, mesh, lower, sequences, most, ("critic",)))
         lower = partial(critic.lower_step, state["critic"], {})
         uses = ("critic", "critic optimizer")
-        update.append(
-            work("update_critic", "update", critic.config, mesh, lower, mini_batch, most, uses, c.critic_ppo_epochs)
-        )
+        counts = mini_batch, most
+        update.append(work(
+            "update_critic", "update", critic.config, mesh, lower, *counts, uses, c.critic_ppo_epochs, ("critic",)
+        ))  # fmt: skip
     lower = partial(policy.lower_step, state["actor"], frozen)
     uses = ("actor", "actor optimizer", *base)
-    update.append(
-        work("update_actor", "update", roles.model, roles.mesh, lower, mini_batch, tokens, uses, c.actor.ppo_epochs)
-    )
-    return [*forward, *values, *update]
+    update.append(work(
+        "update_actor", "update", roles.model, roles.mesh, lower, mini_batch, tokens, uses, c.actor.ppo_epochs, ("actor",)
+    ))  # fmt: skip
+    return [*forward, *values, _preparation(c, roles), *update]
+
+
+def _preparation(c: Config, roles: Roles) -> Work:
+    given = {"ref_logprobs": roles.needs_ref, "values": roles.needs_critic, "log_kept": roles.policy.loss.truncates}
+    given["baselines"] = "baselines" in inspect.signature(_estimator(c)).parameters
+    shape = c.data.train_batch_size * c.rollout.n, c.data.max_response_length
+    lower = partial(lower_prepare, c.algorithm, shape, replicated(roles.mesh), [n for n in given if given[n]])
+    return Work("prepare", lower, roles.model, "move")
+
+
+def _export(c: Config, roles: Roles) -> Work:
+    """The actor as whole tensors on each host: when the run ends, and for vLLM after every step.
+
+    They come one after the other; the program is that of the largest, as several processes gather it.
+    """
+    variables = merge(roles.abstract_state()["actor"].trained, roles.abstract_frozen)
+    published = c.rollout.engine == "vllm" and c.rollout.vllm.publish == "merged"
+    leaves, tensors = dict(flatten(variables["params"])), list(in_order(roles.model, "lm"))
+    whole = [tensor for tensor in tensors if tensor.parts[0][0].ours in leaves]  # not those in 4 bits
+    row, place = max(whole, key=lambda tensor: math.prod(tensor.shape)).parts[0]
+    dtype = jnp.dtype(roles.model.compute_dtype if published else "float32")
+
+    def gather(variables: Tree) -> jax.Array:
+        return to_device(dict(flatten(variables["params"]))[row.ours])[place].astype(dtype)
+
+    program = Program(roles.mesh, gather, keep_unused=True, out_shardings=replicated(roles.mesh))
+    fetched = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
+    uses = ("actor", "base") if roles.has_adapters else ("actor",)
+    return Work(
+        "export", lambda: program.lower(variables), roles.model, "move", calls=int(published), uses=uses,
+        frees=("engine",), fetched=fetched,
+    )  # fmt: skip
+
+
+class Batch(NamedTuple):
+    """Prompts that the engine is asked to answer in one call."""
+
+    num_prompts: int | None  # None: nobody knows
+    longest_prompt: int
+    sampling: Sampling
+
+    def largest(self, engine: JaxEngine) -> Largest:
+        return engine.largest(*self)
+
+
+def batches_of(c: Config, num_val: int | None = None) -> dict[str, Batch]:
+    """What the engine is asked in training (`gen`), in validation (`val`) and in later turns (`turns`).
+
+    `num_val` is the number of validation prompts; None: as many as decode together, if there are any.
+    """
+    d, most = c.data, c.data.max_response_length
+    batches = {
+        "gen": Batch(d.train_batch_size, d.max_prompt_length, sampling_of(c.rollout, max_tokens=most, stop_ids=()))
+    }
+    if num_val or (num_val is None and d.val_files is not None):
+        sampling = sampling_of(c.rollout.val_kwargs, max_tokens=most, stop_ids=())
+        batches["val"] = Batch(num_val, d.max_prompt_length, sampling)
+    if c.rollout.multi_turn.function is not None:  # every response is a prompt of its own there
+        counts = [b.num_prompts * b.sampling.n for b in batches.values() if b.num_prompts is not None]
+        count = max(counts) if len(counts) == len(batches) else None
+        batches["turns"] = Batch(count, c.max_length - 1, dataclasses.replace(batches["gen"].sampling, n=1))
+    return batches
+
+
+def engine_of(c: Config, roles: Roles) -> JaxEngine:
+    mesh = generation_mesh(roles.mesh, c.rollout.tensor_model_parallel_size)
+    return JaxEngine(roles.model, mesh, max_num_seqs=c.rollout.max_num_seqs)
+
+
+def lowered_publication(engine: JaxEngine, roles: Roles) -> jax.stages.Lowered:
+    """The program that gives the engine the weights of the actor."""
+    return lower_unstack(engine, merge(roles.abstract_state()["actor"].trained, roles.abstract_frozen))
 
 
 def _generation(run: Run, c: Config, roles: Roles) -> tuple[list[Work], Work]:
-    """The engine's programs, and the one that gives it new weights. What it holds joins `run.resident`."""
-    d, r = c.data, c.rollout
-    mesh = generation_mesh(run.mesh, r.tensor_model_parallel_size)
-    engine = JaxEngine(roles.model, mesh, max_num_seqs=r.max_num_seqs)
-    sampling = Sampling(d.max_response_length, n=r.n, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p)
-    lowered = lower_largest(
-        engine, merge(roles.abstract_state()["actor"].trained, roles.abstract_frozen), num_prompts=d.train_batch_size,
-        longest_prompt=d.max_prompt_length, sampling=sampling,
-    )  # fmt: skip
-    run.resident["engine"] = lowered["unstack"].out_info
-    sequences = d.train_batch_size * r.n
-    together = engine.padded(min(sequences, engine.max_num_seqs))
-    batches, columns = -(-sequences // together), engine.prompt_columns(d.max_prompt_length)
-    prompts, most = engine.padded(min(d.train_batch_size, together)), columns + d.max_response_length
+    """The engine's programs, and the one that gives it new weights. What it holds joins `run.resident`.
+
+    Programs of validation and of later turns are there where they are larger than those of training; they count no time.
+    """
+    engine = engine_of(c, roles)
+    unstack = lowered_publication(engine, roles)
+    run.resident["engine"] = weights = outputs(unstack)
+    batches = batches_of(c)
+    training, generation = batches["gen"].largest(engine), []
+    for name, batch in batches.items():
+        largest = batch.largest(engine)
+        if name == "gen" or any(x > y for x, y in zip(largest, training, strict=True)):
+            generation += _decoding(name, engine, weights, batch, largest)
+    uses = ("actor", "base") if roles.has_adapters else ("actor",)
+    publish = Work("update_weights", lambda: unstack, roles.model, "move", uses=uses, frees=("engine",), whole=uses)
+    return generation, publish
+
+
+def _decoding(name: str, engine: JaxEngine, weights: Tree, batch: Batch, largest: Largest) -> list[Work]:
+    """The engine's programs for a batch; those of training run for as many as there are in a step."""
+    lowered = lower_largest(engine, weights, largest, batch.sampling)
+    calls = 0
+    if name == "gen":
+        assert batch.num_prompts is not None
+        calls = -(-batch.num_prompts * batch.sampling.n // engine.max_num_seqs)
+    columns, tokens = largest.prompt_columns, batch.sampling.max_tokens
 
     def work(program: str, kind: str, rows: int, columns: int, loops: tuple[int, ...], uses: tuple[str, ...]) -> Work:
         lower = lambda: lowered[program]  # noqa: E731
-        return Work(f"gen/{program}", lower, roles.model, kind, batches, rows, columns, 1, loops, mesh, uses)
+        return Work(f"{name}/{program}", lower, engine.config, kind, calls, rows, columns, 1, loops, engine.mesh, uses)
 
-    generation = [work("begin", "prefill", prompts, columns, (), ("engine",))]
-    if "lengthen" in lowered:
-        generation.append(work("lengthen", "move", together, most, (), ()))
-    generation.append(work("decode", "decode", together, most, (d.max_response_length,), ("engine",)))
-    uses = ("actor", "base") if roles.has_adapters else ("actor",)
-    publish = Work("update_weights", lambda: lowered["unstack"], roles.model, "move", uses=uses, frees=("engine",))
-    return generation, publish
+    works = [work("begin", "prefill", largest.prompts, columns, (), ("engine",))]
+    works += [
+        work(p, "move", largest.sequences, columns + tokens, (), ()) for p in ("lengthen", "keep") if p in lowered
+    ]
+    return [*works, work("decode", "decode", largest.sequences, columns + tokens, (tokens,), ("engine",))]

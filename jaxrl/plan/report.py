@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections import defaultdict
 from collections.abc import Collection
@@ -15,10 +16,13 @@ from typing import Any
 
 from ..config import Config
 from ..parallel import make_mesh
-from ..topology import Topology
-from .costs import bytes_of, cost, waiting_bytes
+from ..reward_model import reward_model_of
+from ..topology import Hardware, Topology
+from .costs import cost
 from .hlo import facts
+from .memory import Memory, beside, compiled_or_refused, lying, memory_of, waiting
 from .programs import Run, Work, programs_of, roles_of
+from .sources import described_model
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Program:
     outputs: int  # beyond what takes an argument's place
     temporaries: int
     host: int  # in the memory of the host: arguments and temporaries
+    fetched: int  # bytes that each host takes from its devices
     peak: int  # on the device while it runs, with everything that lies there and is not its own
     largest: str  # the largest array of one device in it
     largest_bytes: int
@@ -41,6 +46,9 @@ class Program:
     network_bytes: float  # and between nodes
     seconds: dict[str, float]  # that compute, memory, link, network and host would each take alone
     compile_seconds: float
+    refused: str = (
+        ""  # what XLA says, where it does not compile what cannot fit; then numbers are the least, without traffic
+    )
 
     @property
     def bound(self) -> str:
@@ -76,7 +84,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.memory
+        return self.peak <= self.memory and not any(p.refused for p in self.programs)
 
     @property
     def step_seconds(self) -> float:
@@ -103,31 +111,26 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     Raises ValueError for a mesh that the topology cannot hold, and for a program that the run has not.
     """
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices=topology.devices)
-    run = programs_of(c, roles_of(c, mesh))
-    host = {name: waiting_bytes(tree) if name in run.offloaded else 0 for name, tree in run.resident.items()}
-    device = {name: bytes_of(tree) - host[name] for name, tree in run.resident.items()}
+    run = programs_of(c, roles_of(c, mesh), reward_model_of(c, mesh, described_model))
+    device, host = lying(run)
     hardware = topology.hardware
     plan = Plan(topology.name, hardware.name, hardware.source, hardware.memory, dict(mesh.shape), device, host)
     names = [work.name for work in run.work]
     if unknown := set(only or ()) - set(names):
         raise ValueError(f"the run has no program {', '.join(sorted(unknown))}: it has {', '.join(names)}")
-    plan.programs.extend(_compile(work, run, device, topology) for work in run.work if not only or work.name in only)
+    plan.programs.extend(_compile(work, run, topology) for work in run.work if not only or work.name in only)
     return plan
 
 
-def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology) -> Program:
+def _compile(work: Work, run: Run, topology: Topology) -> Program:
     start = time.perf_counter()
-    compiled = work.lower().compile()
+    compiled = compiled_or_refused(work.lower())
     seconds = time.perf_counter() - start
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None, "this backend does not account for its programs"
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    arguments, host, arriving = memory.argument_size_in_bytes, memory.host_argument_size_in_bytes, 0
-    if not host:
-        host, arriving = _waiting(work, run)
-        arguments -= host
-    beside = sum(size for name, size in resident.items() if name not in (*work.uses, *work.frees))
-    mesh_shape, hardware = dict((work.mesh or run.mesh).shape), topology.hardware
+    if isinstance(compiled, str):
+        return _refused(work, run, topology, compiled, seconds)
+    memory, text = memory_of(compiled, work, run), compiled.as_text()
+    assert text is not None, "this backend does not show its programs"
+    mesh_shape = dict((work.mesh or run.mesh).shape)
     found = facts(text, run.mesh.size, work.loops)
     traffic, between = defaultdict(float), 0.0
     for collective in found.collectives:
@@ -136,36 +139,42 @@ def _compile(work: Work, run: Run, resident: dict[str, int], topology: Topology)
         between += collective.bytes_between_nodes(topology.per_node) * collective.times * work.calls
     flops, memory_bytes = (work.calls * x for x in cost(work, mesh_shape))
     if work.kind == "move":
-        memory_bytes = float(work.calls * (memory.argument_size_in_bytes + memory.output_size_in_bytes))
+        memory_bytes = float(work.calls * (memory.arguments + memory.host + memory.outputs))
     within = sum(traffic.values()) - between
-    times = 2 if work.kind == "update" else 1  # there and back
     return Program(
-        name=work.name, calls=work.calls, arguments=arguments, outputs=outputs,
-        temporaries=memory.temp_size_in_bytes, host=host + memory.host_temp_size_in_bytes,
-        peak=beside + arguments + outputs + memory.temp_size_in_bytes + arriving,
+        name=work.name, calls=work.calls, **memory._asdict(), fetched=work.fetched,
         largest=found.largest, largest_bytes=found.largest_bytes, flops=flops, memory_bytes=memory_bytes,
         traffic=dict(traffic), link_bytes=within, network_bytes=between, compile_seconds=seconds,
-        seconds={
-            "compute": flops / hardware.flops,
-            "memory": memory_bytes / hardware.memory_bandwidth,
-            "link": within / hardware.link,
-            "network": between / hardware.network,
-            "host": times * work.calls * host / hardware.host_link,
-        },
+        seconds=_seconds(work, topology.hardware, flops, memory_bytes, within, between, memory.host),
     )  # fmt: skip
 
 
-def _waiting(work: Work, run: Run) -> tuple[int, int]:
-    """Bytes in host memory that a program reads, and those of them that are on the device at once.
+def _refused(work: Work, run: Run, topology: Topology, words: str, seconds: float) -> Program:
+    """A program that XLA does not compile because its temporaries alone are more than a device has."""
+    numbers = re.findall(r"(\d+(?:\.\d+)?)([KMGT])", words)
+    needed = max((int(float(number) * 2 ** (10 * " KMGT".index(unit))) for number, unit in numbers), default=0)
+    arguments, (host, _) = sum(lying(run)[0][name] for name in work.uses), waiting(work, run)
+    flops, memory_bytes = (work.calls * x for x in cost(work, dict((work.mesh or run.mesh).shape)))
+    memory = Memory(arguments, 0, needed, host, beside(work, run) + arguments + needed)
+    return Program(
+        name=work.name, calls=work.calls, **memory._asdict(), fetched=work.fetched, largest="", largest_bytes=0,
+        flops=flops, memory_bytes=memory_bytes, traffic={}, link_bytes=0.0, network_bytes=0.0, compile_seconds=seconds,
+        seconds=_seconds(work, topology.hardware, flops, memory_bytes, 0.0, 0.0, host), refused=words,
+    )  # fmt: skip
 
-    Counted, for the compilers that know no host memory (XLA for described GPUs, and for CPUs, whose memory is one):
-    what is streamed by layers needs room for two of them, weights that are trained or published come whole.
-    """
-    names = [name for name in work.uses if name in run.offloaded]
-    sizes = {name: waiting_bytes(run.resident[name]) for name in names}
-    streamed = {name for name in names if "optimizer" in name or work.kind == "forward" or name == "base"}
-    at_once = {name: 2 * size // work.model.num_layers if name in streamed else size for name, size in sizes.items()}
-    return sum(sizes.values()), sum(at_once.values())
+
+def _seconds(
+    work: Work, hardware: Hardware, flops: float, memory_bytes: float, within: float, between: float, host: int
+) -> dict[str, float]:
+    """What each part of a device would take for all calls of a step, alone."""
+    times = 2 if work.kind == "update" else 1  # there and back
+    return {
+        "compute": flops / hardware.flops,
+        "memory": memory_bytes / hardware.memory_bandwidth,
+        "link": within / hardware.link,
+        "network": between / hardware.network,
+        "host": work.calls * (times * host + work.fetched) / hardware.host_link,
+    }
 
 
 def table(plan: Plan) -> str:
@@ -190,9 +199,16 @@ def table(plan: Plan) -> str:
         )
     lines += ["", "sent by one device in a step, GB"]
     for p in plan.programs:
-        sent = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sorted(p.traffic.items(), key=lambda t: -t[1]))
+        sent = ", ".join(
+            f"{name} {size / 1e9:.1f}" for name, size in sorted(p.traffic.items(), key=lambda t: -t[1]) if size
+        )
         if sent:
             lines.append(f"  {p.name:<17} {sent}")
+    lines += [
+        f"{p.name} takes {p.fetched / 1e9:.1f} GB to each host, a tensor at a time, the largest of {p.outputs / 1e9:.2f} GB"
+        for p in plan.programs
+        if p.fetched
+    ]
     lines += [
         "",
         f"a step at best {plan.step_seconds:.1f} s, {plan.step_seconds_one_by_one:.1f} s if nothing overlaps "
@@ -209,7 +225,11 @@ def verdict(plan: Plan) -> str:
     left = (plan.memory - worst.peak) / 1e9
     if plan.fits:
         return f"fits: {left:.1f} GB of {plan.memory / 1e9:.1f} left at the peak, in {worst.name}"
-    return f"does not fit: {worst.name} needs {worst.peak / 1e9:.1f} GB, {-left:.1f} too many. {advice(plan, worst)}"
+    refused = "".join(f" XLA says of {p.name}: {p.refused.rstrip('.')}." for p in plan.programs if p.refused)
+    if worst.peak <= plan.memory:  # what lies beside the refused is not in XLA's number
+        worst = next(p for p in plan.programs if p.refused)
+        return f"does not fit:{refused} {advice(plan, worst)}"
+    return f"does not fit: {worst.name} needs {worst.peak / 1e9:.1f} GB, {-left:.1f} too many.{refused} {advice(plan, worst)}"
 
 
 def advice(plan: Plan, worst: Program) -> str:

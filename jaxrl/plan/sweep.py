@@ -13,16 +13,20 @@ from typing import Any, NamedTuple
 
 from ..config import Config
 from ..parallel import make_mesh
+from ..reward_model import reward_model_of
 from ..topology import Topology
 from .check import least_memory
 from .programs import programs_of, roles_of
 from .report import Plan, make_plan
+from .sources import described_model
 
 Say = Callable[[str], None]
 REMATS = ("none", "dots", "full")
 OFFLOADS = ((), ("optimizer",), ("optimizer", "params"))
 UPDATES = ("update_critic", "update_actor")
-OTHERS = ("gen/begin", "gen/decode", "update_weights")  # with the updates, those whose peak decides
+# With the updates, those whose peak decides. `keep` holds half a cache more than `decode`, which says the time.
+OTHERS = tuple(f"{batch}/{program}" for batch in ("gen", "val", "turns") for program in ("begin", "keep", "decode"))
+OTHERS += ("reward_model", "update_weights")
 
 
 class Choice(NamedTuple):
@@ -49,11 +53,12 @@ def sweep(c: Config, topology: Topology, *, say: Say = lambda line: None) -> lis
 
 
 def meshes(topology: Topology) -> Iterator[dict[str, int]]:
-    """Every data x fsdp x tensor of all devices, `tensor` within a node."""
+    """Every data x fsdp x tensor of all devices, `tensor` within a node; between slices of TPUs, replicas alone."""
     devices = len(topology.devices)
+    slices = devices // topology.per_node if topology.hardware.platform == "tpu" else 1
     for tensor in (n for n in range(1, topology.per_node + 1) if devices % n == 0 and topology.per_node % n == 0):
         rest = devices // tensor
-        for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
+        for fsdp in (n for n in range(1, rest // slices + 1) if rest % (n * slices) == 0):
             yield {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
 
 
@@ -61,12 +66,13 @@ def _first_that_fits(
     c: Config, topology: Topology, mesh: dict[str, int], offload: tuple[str, ...], say: Say
 ) -> Choice | None:
     where = f"mesh {'x'.join(map(str, mesh.values()))}, in host memory {' and '.join(offload) or 'nothing'}"
-    roles = roles_of(c, make_mesh(**mesh, devices=topology.devices))
-    least = max(need.total for need in least_memory(c, roles))
+    devices = make_mesh(**mesh, devices=topology.devices)
+    roles, reward = roles_of(c, devices), reward_model_of(c, devices, described_model)
+    least = max(need.total for need in least_memory(c, roles, reward))
     if least > topology.hardware.memory:
         say(f"{where}: {least / 1e9:.1f} GB without activations")
         return None
-    names = {work.name for work in programs_of(c, roles).work}
+    names = {work.name for work in programs_of(c, roles, reward).work}
     settings = _settings(c)
 
     def plan(remat: str, tokens: int, programs: tuple[str, ...]) -> Plan:

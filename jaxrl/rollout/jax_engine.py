@@ -14,7 +14,7 @@ A shard is what `data` and `fsdp` split sequences into; one device is one shard.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,6 +32,20 @@ BUCKET = 32  # columns
 ROOM = 128  # columns that a cache begins with, for what is drawn
 SMALLEST = 8  # sequences: fewer would save little time for one more program
 PROMPT_TOKENS = 8192  # read at once on a device: what bounds the memory of reading long prompts
+
+
+class Largest(NamedTuple):
+    """The largest batch of a call of `generate`, as it is padded."""
+
+    prompts: int
+    at_once: int  # of the prompts, read together
+    prompt_columns: int
+    sequences: int
+    room: int  # columns for what is drawn, when the cache is longest
+
+    @property
+    def columns(self) -> int:
+        return self.prompt_columns + self.room
 
 
 class JaxEngine:
@@ -109,7 +123,7 @@ class JaxEngine:
                 room = min(2 * room, round_up(sampling.max_tokens, BUCKET))
                 cache = self.programs.lengthen(cache, columns=length + room)
             size = len(owner)
-            leave = size // self.shards // 2 if size > max(SMALLEST, self.shards) else 0
+            leave = size // self.shards // 2 if self.can_shrink(size) else 0
             batch, cache = self.programs.decode(self.weights, batch, cache, rule, length, filled, limit, leave)
 
     def _inputs(self, prompts: Sequence[Prompt], sequences: np.ndarray, n: int):
@@ -134,6 +148,20 @@ class JaxEngine:
         uids = np.stack(np.divmod(np.maximum(owner, 0), n), axis=1).astype(np.uint32)
         per_row = put_rows(self.mesh, (source.reshape(-1), uids, owner < 0))
         return owner, (*put_rows(self.mesh, (in_turn(tokens), in_turn(lengths)), axis=1), *per_row)
+
+    def largest(self, num_prompts: int | None, longest_prompt: int, sampling: Sampling) -> Largest:
+        """Of `num_prompts` prompts (None: of any number) of at most `longest_prompt` tokens."""
+        n, most = sampling.n, self.max_num_seqs
+        count = n * most if num_prompts is None else num_prompts * n  # after n batches a prompt begins one again
+        parts = [np.arange(start, min(start + most, count)) for start in range(0, count, most)]
+        prompts = max(prompts_of_rows(self.deal(part, n), n)[0].size for part in parts)
+        columns = self.prompt_columns(longest_prompt)
+        sequences, room = self.padded(min(count, most)), round_up(sampling.max_tokens, BUCKET)
+        return Largest(prompts, self.prompts_at_once(prompts, columns), columns, sequences, room)
+
+    def can_shrink(self, sequences: int) -> bool:
+        """Whether a batch of so many rows is halved when half of them are done."""
+        return sequences > max(SMALLEST, self.shards)
 
     def deal(self, sequences: np.ndarray, n: int) -> np.ndarray:
         """[shards, rows]: which sequence sits where; -1 fills up. Prompts are dealt round, so that every shard has its
@@ -163,7 +191,7 @@ class JaxEngine:
         None where there is no such batch, or it would be smaller than SMALLEST.
         """
         size = len(done) // self.shards
-        if len(done) <= max(SMALLEST, self.shards) or (~done).reshape(self.shards, size).sum(axis=1).max() > size // 2:
+        if not self.can_shrink(len(done)) or (~done).reshape(self.shards, size).sum(axis=1).max() > size // 2:
             return None
         local = np.argsort(done.reshape(self.shards, size), axis=1, kind="stable")[:, : size // 2]
         kept = local + np.arange(self.shards)[:, None] * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -10,26 +11,26 @@ import numpy as np
 from ..parallel import replicated, rows_sharding
 from .decoding import CHUNK, Cache
 from .engine import Sampling
-from .jax_engine import BUCKET, ROOM, JaxEngine, prompts_of_rows, round_up
+from .jax_engine import ROOM, JaxEngine, Largest
 from .sampling import Rule
 
 Tree = Any
 
 
-def lower_largest(
-    engine: JaxEngine, variables: Tree, *, num_prompts: int, longest_prompt: int, sampling: Sampling
-) -> dict[str, jax.stages.Lowered]:
-    """`unstack`, `begin`, `lengthen` (where the cache grows) and `decode` by name.
+def lower_unstack(engine: JaxEngine, variables: Tree) -> jax.stages.Lowered:
+    """What `update_weights` runs on `variables` of these shapes and shardings. Its output are the engine's weights."""
+    return engine.programs.unstack.lower(variables)
 
-    `variables` are the shapes and shardings of what `update_weights` takes; no array is made.
+
+def lower_largest(
+    engine: JaxEngine, weights: Tree, largest: Largest, sampling: Sampling
+) -> dict[str, jax.stages.Lowered]:
+    """`begin`, `lengthen` (where the cache grows), `keep` (where the batch shrinks) and `decode` by name.
+
+    `weights` are the shapes and shardings of what `unstack` gives back; no array is made.
     """
     programs, mesh = engine.programs, engine.mesh
-    unstack = programs.unstack.lower(variables)
-    weights = _outputs(unstack)
-    owner = engine.deal(np.arange(min(num_prompts * sampling.n, engine.max_num_seqs)), sampling.n)
-    sequences, prompts = owner.size, prompts_of_rows(owner, sampling.n)[0].size
-    T = engine.prompt_columns(longest_prompt)
-    at_once = engine.prompts_at_once(prompts, T)
+    prompts, at_once, T, sequences, longest = largest
 
     def by_rows(*shape: int, dtype: Any, axis: int = 0) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(mesh, axis))
@@ -38,7 +39,6 @@ def lower_largest(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh))
 
     rule = jax.tree.map(whole, Rule.of(sampling))
-    longest = round_up(sampling.max_tokens, BUCKET)
     begin = programs.begin.lower(
         weights,
         by_rows(prompts // at_once, at_once, T, dtype=np.int32, axis=1),
@@ -48,19 +48,29 @@ def lower_largest(
         by_rows(sequences, dtype=np.bool_),
         np.uint32(0), rule, room=min(ROOM, longest),
     )  # fmt: skip
-    lowered = {"unstack": unstack, "begin": begin}
-    batch, cache = _outputs(begin)
+    lowered = {"begin": begin}
+    batch, cache = outputs(begin)
     if longest > ROOM:
         before = ROOM
         while 2 * before < longest:
             before *= 2
         lowered["lengthen"] = programs.lengthen.lower(_with_columns(cache, T + before), columns=T + longest)
         cache = _with_columns(cache, T + longest)
+    if engine.can_shrink(sequences):
+        lowered["keep"] = programs.keep.lower(batch, cache, by_rows(sequences // 2, dtype=np.int32))
     lowered["decode"] = programs.decode.lower(weights, batch, cache, rule, T, 1, CHUNK, 0)
     return lowered
 
 
-def _outputs(lowered: jax.stages.Lowered) -> Tree:
+def cache_bytes(engine: JaxEngine, largest: Largest) -> int:
+    """Of keys and values on one device, when the cache of the largest batch is longest."""
+    c = engine.config
+    shape = largest.sequences, c.num_kv_heads, largest.columns, c.head_dim
+    held = math.prod(engine.programs.heads.shard_shape(shape))
+    return 2 * c.num_layers * held * jax.numpy.dtype(c.compute_dtype).itemsize
+
+
+def outputs(lowered: jax.stages.Lowered) -> Tree:
     """Shapes and shardings of what a program gives back."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), lowered.out_info)
 

@@ -111,15 +111,24 @@ def dequantized_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(hf_config)
     settings = config.pop("quantization_config", None)
     if settings:
-        method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None)
-        in_four_bits = method == "bitsandbytes" and settings.get("load_in_4bit")
-        if not in_four_bits and method not in ("mxfp4", "fp8"):  # the last two: block_scaled.py
+        method = _method(settings)
+        if not is_in_four_bits(hf_config) and method not in ("mxfp4", "fp8"):  # the last two: block_scaled.py
             bits = " in 8 bits" if settings.get("load_in_8bit") else ""
             raise ValueError(
                 f"quantization_config asks for {method!r}{bits}, and what is read here is bitsandbytes in 4 bits, mxfp4 "
                 "and fp8: take the model's original weights"
             )
     return config
+
+
+def is_in_four_bits(hf_config: Mapping[str, Any]) -> bool:
+    """Whether `config.json` says that the weights are in 4 bits of bitsandbytes."""
+    settings = hf_config.get("quantization_config") or {}
+    return _method(settings) == "bitsandbytes" and bool(settings.get("load_in_4bit"))
+
+
+def _method(settings: Mapping[str, Any]) -> str | None:
+    return settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None)
 
 
 def _as_numbers(packed: Packed, file: str) -> StoredTensor:
