@@ -18,6 +18,7 @@ from .batch import Prompt, Rollout
 from .config import Config, RolloutSection, ValKwargs
 from .data import PromptLoader
 from .metrics import Timer
+from .prepare import ingredients
 from .progress import Progress
 from .rewards import Sample, Score, Scorer
 from .rollout.engine import Sampling
@@ -58,13 +59,14 @@ class Collector:
 
     def __init__(
         self, config: Config, generate: Callable[..., list[Rollout]], scorer: Scorer, loader: PromptLoader,
-        tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...], needs_baselines: bool,
+        tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...],
         begins: Callable[[str], None] = lambda stage: None,
     ):  # fmt: skip
         self.config, self.generate, self.scorer, self.loader, self.tokenizer = (
             config, generate, scorer, loader, tokenizer
         )  # fmt: skip
-        self.stop_ids, self.needs_baselines, self.begins = stop_ids, needs_baselines, begins
+        self.stop_ids, self.begins = stop_ids, begins
+        self.needs_baselines = "baselines" in ingredients(config.algorithm)
 
     def collect(self, step: int, progress: Progress) -> Experience:
         """The experience of a step: the same for the same weights and position in the data, whenever it is asked for."""

@@ -6,6 +6,7 @@ program on [B, T] arrays of the whole step, before packing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from .config import Algorithm
 
 def check_algorithm(a: Algorithm) -> None:
     """Raises ValueError for a name or a threshold of the section `algorithm` that is not known here."""
-    choose(ADVANTAGES, a.adv_estimator, "algorithm.adv_estimator", takes=("rewards", "mask"))
+    ingredients(a)
     choose(KL_ESTIMATORS, a.kl_penalty, "algorithm.kl_penalty", takes=("logprobs", "ref_logprobs"))
     choose(KL_CONTROLLERS, a.kl_ctrl.type, "algorithm.kl_ctrl.type")
     correction = a.rollout_correction
@@ -40,6 +41,12 @@ def check_algorithm(a: Algorithm) -> None:
             parse_rejection(correction.rollout_rs, correction.rollout_rs_threshold)
     except ValueError as error:
         raise ValueError(f"algorithm.rollout_correction: {error}") from None
+
+
+def ingredients(a: Algorithm) -> frozenset[str]:
+    """What the estimator asks for by name: `values` of a critic, `baselines` of greedy responses, and numbers."""
+    estimator = choose(ADVANTAGES, a.adv_estimator, "algorithm.adv_estimator", takes=("rewards", "mask"))
+    return frozenset(inspect.signature(estimator).parameters)
 
 
 class Inputs(NamedTuple):

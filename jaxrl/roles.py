@@ -25,6 +25,7 @@ from .models.config import ModelConfig
 from .offload import waiting
 from .optimizer import Optimizer, abstract_state, lr_schedule, make_optimizer
 from .parallel import mesh_of_role, use_mesh, with_shardings
+from .prepare import ingredients
 from .update import Compression, Critic, Policy, PolicyLoss, TrainState, merge
 from .weights.bnb import dequantized, packed_tensors
 from .weights.export import export_hf
@@ -59,17 +60,17 @@ class Roles:
         source: Pretrained,
         *,
         steps: int,
-        needs_critic: bool,
         find: Callable[[str], Pretrained] = open_pretrained,
     ):
-        self.mesh, self.needs_critic, self.needs_ref, self.source = mesh, needs_critic, c.needs_ref, source
+        self.mesh, self.needs_ref, self.source = mesh, c.needs_ref, source
+        self.needs_critic = "values" in ingredients(c.algorithm)
         self.critic_mesh, self.ref_mesh = own_mesh(mesh, c.critic.mesh, "critic"), own_mesh(mesh, c.ref.mesh, "ref")
         self.seed, self.critic_head_path = c.trainer.seed, c.critic.head.path
-        self.exports_critic = needs_critic and c.critic.export
+        self.exports_critic = self.needs_critic and c.critic.export
         self._describe_actor(c, steps)
         if c.needs_ref:
             self._describe_ref(c, find)
-        if needs_critic:
+        if self.needs_critic:
             self._describe_critic(c, steps, find)
 
     def _describe_actor(self, c: Config, steps: int) -> None:

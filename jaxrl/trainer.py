@@ -6,7 +6,6 @@ lives in `collector.py` and `learner.py`.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -21,7 +20,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from . import config as config_module
 from . import preemption
 from .ahead import Ahead, empty_arrays
-from .algorithms.advantages import ADVANTAGES
 from .algorithms.aggregation import AGGREGATIONS
 from .algorithms.choose import choose
 from .checkpoint import Checkpoints
@@ -117,7 +115,7 @@ class Trainer:
         self.reward_model = reward_model_of(c, self.mesh)
         self.scorer = self._make_scorer(reward)
         self.compiles = CompileCounter()
-        self.roles = Roles(c, self.mesh, self.source, steps=self.steps, needs_critic=self.needs_critic)
+        self.roles = Roles(c, self.mesh, self.source, steps=self.steps)
         check_fits(c, self.roles, self.reward_model, num_val=0 if self.val is None else len(self.val))
         check_updates_fit(c, self.roles, self.reward_model)
         if self.reward_model is not None:
@@ -132,7 +130,7 @@ class Trainer:
         self.turns = self._make_turns()
         self.collector = Collector(
             c, self.engine.generate if self.turns is None else self.turns.generate, self.scorer, self.loader,
-            self.tokenizer, stop_ids=self.stop_ids, needs_baselines=self.needs_baselines, begins=self.link.at,
+            self.tokenizer, stop_ids=self.stop_ids, begins=self.link.at,
         )  # fmt: skip
         self.ahead = Ahead(self.collector.collect, ahead=c.trainer.trainer_mode == "one_step_off", last=self.steps)
         if waiting is not None:
@@ -189,9 +187,6 @@ class Trainer:
     def _check_choices(self) -> None:
         """What names mean is known to modules that the config does not import: asked here, before weights are loaded."""
         c = self.config
-        estimator = choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator", takes=("rewards", "mask"))
-        wanted = inspect.signature(estimator).parameters
-        self.needs_critic, self.needs_baselines = "values" in wanted, "baselines" in wanted
         choose(AGGREGATIONS, c.actor.loss_agg_mode, "actor.loss_agg_mode")
         choose(AGGREGATIONS, c.critic_loss_agg_mode, "critic.loss_agg_mode")
         policy_loss(c)
@@ -415,7 +410,7 @@ class Trainer:
         if hardware is None or c.model.compute_dtype != "bfloat16":
             return {}
         flops = {"actor": c.actor.ppo_epochs * update_flops(roles.model, *lengths, frozen=roles.has_adapters)}
-        if self.needs_critic:
+        if self.roles.needs_critic:
             flops["critic"] = c.critic_ppo_epochs * update_flops(roles.critic.config, *lengths, head="score")
         return mfu_metrics(flops, seconds=seconds, num_devices=self.mesh.size, peak=hardware.flops)
 

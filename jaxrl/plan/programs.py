@@ -7,7 +7,6 @@ its `config.json`. (`prepare`, on [B, T] numbers, is left out: megabytes.)
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ..algorithms.advantages import ADVANTAGES
-from ..algorithms.choose import choose
 from ..collector import sampling_of
 from ..config import Config
 from ..learner import micro_batches_of
@@ -27,7 +24,7 @@ from ..models.config import ModelConfig
 from ..models.logprobs import chunk_slots
 from ..offload import to_device
 from ..parallel import Program, generation_mesh, num_row_shards, replicated
-from ..prepare import lower_prepare
+from ..prepare import ingredients, lower_prepare
 from ..reward_model import RewardModel
 from ..roles import Roles
 from ..rollout.engine import Sampling
@@ -80,14 +77,9 @@ class Run:
 
 def roles_of(c: Config, mesh: Mesh, find: Callable[[str], Pretrained] = described_model) -> Roles:
     """The roles of the run, without their weights. `find` opens the model of a path."""
-    needs_critic = "values" in inspect.signature(_estimator(c)).parameters
     path = c.model.path
     assert path is not None, "a plan is of a config that names its model"
-    return Roles(c, mesh, find(path), steps=1, needs_critic=needs_critic, find=find)
-
-
-def _estimator(c: Config) -> Callable:
-    return choose(ADVANTAGES, c.algorithm.adv_estimator, "algorithm.adv_estimator")
+    return Roles(c, mesh, find(path), steps=1, find=find)
 
 
 def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
@@ -189,7 +181,7 @@ def _training(c: Config, roles: Roles) -> list[Work]:
 
 def _preparation(c: Config, roles: Roles) -> Work:
     given = {"ref_logprobs": roles.needs_ref, "values": roles.needs_critic, "log_kept": roles.policy.loss.truncates}
-    given["baselines"] = "baselines" in inspect.signature(_estimator(c)).parameters
+    given["baselines"] = "baselines" in ingredients(c.algorithm)
     shape = c.data.train_batch_size * c.rollout.n, c.data.max_response_length
     lower = partial(lower_prepare, c.algorithm, shape, replicated(roles.mesh), [n for n in given if given[n]])
     return Work("prepare", lower, roles.model, "move")
