@@ -221,6 +221,8 @@ def test_a_python_that_is_not_there_or_has_no_vllm_is_said(tmp_path):
         ValueError, match="rollout.vllm.python /nowhere/python is not there: `scripts/setup_vllm.sh DIR`"
     ):
         started("/nowhere/python", tmp_path)
+    with pytest.raises(ValueError, match=f"rollout.vllm.python {tmp_path} is no program"):
+        started(str(tmp_path), tmp_path)
     reason = ended(started(sys.executable, tmp_path))
     assert reason.startswith("its Python has no vLLM: make an environment with scripts/setup_vllm.sh")
     assert str(tmp_path / "server.log") in reason
@@ -269,12 +271,15 @@ def test_shared_memory_of_a_dead_server_is_its_own_and_not_the_export_that_it_ha
     "vllm, words",
     [
         ({}, "either rollout.vllm.python, .* or rollout.vllm.urls"),
-        ({"python": "p", "urls": ["u"]}, "either rollout.vllm.python, .* or rollout.vllm.urls"),
+        ({"python": "p", "urls": ["http://h:1"]}, "either rollout.vllm.python, .* or rollout.vllm.urls"),
         ({"python": "p", "devices": ["0", "1"]}, "names the devices of 2 servers, and rollout.vllm.num_servers is 1"),
         ({"python": "p", "transport": "file"}, "transport file and rollout.vllm.file_dir belong together"),
         ({"python": "p", "publish": "adapter"}, "publish adapter needs adapters: set model.lora_rank"),
         ({"python": "p", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization 1.5 is a share"),
         ({"python": "p", "stall_timeout_s": 0}, "stall_timeout_s is 0.0 and must be above 0"),
+        ({"urls": ["http://h:80OO"]}, "rollout.vllm.urls has 'http://h:80OO', which is no address of a server: write http://"),
+        ({"urls": ["h:8000"]}, "rollout.vllm.urls has 'h:8000', which is no address"),
+        ({"python": "p", "args": {"port": 8000}}, "rollout.vllm.args sets port, which the trainer sets itself"),
         ({"python": "p", "dtype": "fp8"}, "rollout.vllm.dtype is 'fp8' and must be one of auto"),
     ],
 )

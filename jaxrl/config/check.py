@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .settings import LORA_TARGETS, Config
+from urllib.parse import urlsplit
+
+from .settings import LORA_TARGETS, Config, VllmSection
 
 # The names that a setting may have. Tables of functions (advantages, losses, ...) are asked by the trainer at its start:
 # they live with JAX, which a config does not start.
@@ -121,6 +123,7 @@ def _check_vllm(c: Config) -> None:
             "rollout.engine vllm needs either rollout.vllm.python, the environment that `scripts/setup_vllm.sh DIR` "
             "makes, or rollout.vllm.urls, servers that scripts/serve_vllm.py started"
         )
+    _check_vllm_places(v)
     if v.devices and len(v.devices) != v.num_servers:
         raise ValueError(
             f"rollout.vllm.devices names the devices of {len(v.devices)} servers, and rollout.vllm.num_servers is "
@@ -134,6 +137,19 @@ def _check_vllm(c: Config) -> None:
         raise ValueError(
             f"rollout.vllm.gpu_memory_utilization {v.gpu_memory_utilization} is a share: above 0, at most 1"
         )
+
+
+def _check_vllm_places(v: VllmSection) -> None:
+    for url in v.urls:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+        except ValueError:  # its port is no number
+            good = False
+        if not good:
+            raise ValueError(f"rollout.vllm.urls has {url!r}, which is no address of a server: write http://HOST:PORT")
+    if taken := sorted({"host", "port", "model", "served_model_name"} & {name.replace("-", "_") for name in v.args}):
+        raise ValueError(f"rollout.vllm.args sets {taken[0]}, which the trainer sets itself: leave it out")
 
 
 def _check_sampling(c: Config) -> None:

@@ -51,7 +51,10 @@ class Client:
 
     async def info(self) -> dict[str, Any]:
         """Version of vLLM, device, dtype and model of the server."""
-        return await self._send("GET", INFO, what="the first answer", timeout_s=5.0)
+        info = await self._send("GET", INFO, what="the first answer", timeout_s=5.0)
+        if not {"vllm", "device", "dtype", "model"} <= info.keys():
+            raise ValueError(f"{self.url} is no server that scripts/serve_vllm.py started: it answers with something else")
+        return info
 
     async def sees(self, path: str) -> bool:
         return (await self._send("GET", f"{SEES}?{path}", what="a look at a file"))["sees"]

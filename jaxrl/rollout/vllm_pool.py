@@ -167,15 +167,23 @@ class Pool:
             except ValueError as error:  # what another start will not mend
                 server.reason = str(error)
                 break
+            except Exception as error:  # nobody foresaw it: told, since whoever waits for this server would wait for ever
+                server.reason = f"{type(error).__name__}: {error}"
+                break
+        await self._give_up(server)
+
+    async def _give_up(self, server: Server) -> None:
         if server.process is not None and (why := server.process.explained()) and why not in server.reason:
             server.reason += f" ({why})"
         if server.process is not None and str(server.process.log) not in server.reason:
             server.reason += f"; its log is {server.process.log}"
-        await self._end(server)
         if any(other is not server and other.state != DEAD for other in self.servers):
             log.warning("%s is given up, the others go on: %s", server, server.reason)
-        server.gone.set()
-        await self._set(server, DEAD)
+        try:
+            await self._end(server)
+        finally:
+            server.gone.set()
+            await self._set(server, DEAD)
 
     async def _serves(self, server: Server) -> bool:
         """SERVING from now on, if it has the current weights."""
@@ -238,8 +246,8 @@ class Pool:
                 except TimeoutError:
                     seconds = self.settings.stall_timeout_s
                     await self._lost(server, gone, f"it gave no sign of life for {seconds:.0f} s")
-                except (ServerLost, ValueError) as lost:
-                    await self._lost(server, gone, str(lost))
+                except Exception as lost:  # whatever it is: nobody else watches this server
+                    await self._lost(server, gone, str(lost) or repr(lost))
 
     async def _or_gone(self, server: Server, work: Awaitable[T]) -> T:
         """What `work` returns, unless the server is lost before."""

@@ -31,9 +31,10 @@ class ServerProcess:
     """`spec.port` 0 takes a free one at every start."""
 
     def __init__(self, python: str, spec: ServerSpec, api_key: str):
-        if not os.access(python, os.X_OK):
+        if not Path(python).exists() or Path(python).is_dir() or not os.access(python, os.X_OK):
+            wrong = "is no program" if Path(python).exists() else "is not there"
             raise ValueError(
-                f"rollout.vllm.python {python} is not there: `scripts/setup_vllm.sh DIR` makes an environment with vLLM and "
+                f"rollout.vllm.python {python} {wrong}: `scripts/setup_vllm.sh DIR` makes an environment with vLLM and "
                 "prints the path to set"
             )
         self.python, self._spec, self._api_key = python, spec, api_key
@@ -72,10 +73,14 @@ class ServerProcess:
         env = os.environ | {"VLLM_API_KEY": self._api_key, "PYTHONPATH": str(PACKAGE_ROOT), "TMPDIR": self._scratch}
         with self.log.open("ab") as log:
             self._log_start = log.tell()  # that of the starts before is kept
-            self._watchdog = subprocess.Popen(
-                [self.python, "-m", "jaxrl.rollout.vllm_server", json.dumps(dataclasses.asdict(spec))],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=env,
-            )  # fmt: skip
+            try:
+                self._watchdog = subprocess.Popen(
+                    [self.python, "-m", "jaxrl.rollout.vllm_server", json.dumps(dataclasses.asdict(spec))],
+                    stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=env,
+                )  # fmt: skip
+            except OSError as error:
+                shutil.rmtree(self._scratch)
+                raise ValueError(f"rollout.vllm.python {self.python} cannot be run: {error.strerror}") from None
 
     def ended(self) -> str | None:
         """Why the server is not running, in words; None while it is."""

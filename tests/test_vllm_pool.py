@@ -1,0 +1,111 @@
+"""What the pool does about servers that fail, with stubs in their place: it ends, and it says why."""
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_stub import LOGPROB, Stub, stub_python
+
+from jaxrl.config import VllmSection
+from jaxrl.rollout.engine import Sampling
+from jaxrl.rollout.protocol import Manifest, Refused, Tensor
+from jaxrl.rollout.vllm_adapter import GENERATE, INFO, ServerSpec
+from jaxrl.rollout.vllm_pool import DEAD, SERVING, Job, Pool, Server
+from jaxrl.rollout.vllm_process import ServerProcess
+
+SAMPLING = Sampling(max_tokens=3)
+
+
+@dataclass
+class Weights:
+    """A publication that every server finds where it is."""
+
+    version: int
+    is_adapter: bool = False
+    probe_ids: list[int] = field(default_factory=lambda: [3, 4, 5])
+    probe_logprobs: list[float] = field(default_factory=lambda: [LOGPROB, LOGPROB])
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest("run", self.version, (Tensor("weight", (1,), "F32", self.version),))
+
+    async def place(self, server: Server) -> str:
+        return f"/exports/v{self.version}"
+
+
+def at(*urls: str) -> list[Server]:
+    return [Server(f"server {url}", "key", url, None) for url in urls]
+
+
+def local(folder: Path, **env: str) -> Server:
+    spec = ServerSpec("model", "127.0.0.1", 0, str(folder / "server_0"), env=env)
+    return Server("server 0", "key", None, ServerProcess(stub_python(folder), spec, "key"))
+
+
+@asynccontextmanager
+async def opened(servers: list[Server], **settings: Any):
+    settings = {"start_timeout_s": 20.0, "load_timeout_s": 5.0, "stall_timeout_s": 4.0} | settings
+    pool = Pool(servers, VllmSection(**settings), max_num_seqs=4)
+    await pool.open()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+def run(work: Coroutine[Any, Any, None], timeout_s: float = 60.0) -> None:
+    """A wait without an end is what most of these tests are about."""
+    asyncio.run(asyncio.wait_for(work, timeout_s))
+
+
+def jobs(*prompts: int) -> list[Job]:
+    return [Job(i, [prompt, 4], 1, 3, 0) for i, prompt in enumerate(prompts)]
+
+
+@pytest.fixture
+def stubs():
+    found = [Stub(), Stub()]
+    yield found
+    for stub in found:
+        stub.close()
+
+
+def test_a_url_that_answers_with_a_page_is_said(stubs):
+    stubs[0].answers[INFO] = lambda _: (200, "<html>It works!</html>")
+
+    async def work():
+        async with opened(at(stubs[0].url)) as pool:
+            with pytest.raises(ValueError, match=f"{stubs[0].url} is no server that scripts/serve_vllm.py started"):
+                await pool.ready()
+
+    run(work())
+
+
+def test_what_nobody_foresaw_ends_a_start_with_its_reason(stubs):
+    async def work():
+        async with opened(at("http://127.0.0.1:80OO")) as pool:
+            with pytest.raises(ValueError, match="InvalidURL"):
+                await pool.ready()
+
+    run(work())
+
+
+def test_a_python_that_cannot_be_started_is_said_and_leaves_no_scratch_folder(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("no program")
+    python.chmod(0o755)
+    before = set(os.listdir("/dev/shm"))
+    server = Server("server 0", "key", None, ServerProcess(str(python), ServerSpec("m", "127.0.0.1", 0, str(tmp_path)), "k"))
+
+    async def work():
+        async with opened([server]) as pool:
+            with pytest.raises(ValueError, match="Exec format error"):
+                await pool.ready()
+
+    run(work())
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("jaxrl-vllm-")}
