@@ -382,6 +382,25 @@ def test_adapters_alone_go_to_a_server_that_holds_the_base(vllm_python, served_m
         engine.close()
 
 
+def test_merged_adapters_are_published_without_a_restart(vllm_python, served_models, tmp_path):
+    # They change nothing but packed weights, which no look at live parameters sees on a CPU.
+    source, mesh = open_pretrained(served_models["tied"]), make_mesh(1, 1, 1)
+    plain = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
+    config = dataclasses.replace(plain, lora_rank=4, lora_alpha=8.0, lora_targets=("q_proj", "down_proj"))
+    params = load_base(source, plain, abstract_variables(mesh, plain, "lm"))
+    lora = init_params(config, "lm", jax.random.key(0))["lora"]
+    settings = VllmSection(python=vllm_python, env=ENV)
+    engine = VllmEngine(config, mesh, settings, source=source, folder=tmp_path, max_model_len=256, max_num_seqs=16)
+    try:
+        for version in range(3):
+            engine.update_weights({"params": params, "lora": jax.tree.map(lambda x, v=version: x + 0.1 * v, lora)}, version)
+            rollouts = engine.generate([prompt_of([3, 5, 7])], Sampling(max_tokens=8, n=2), seed=0)
+            assert {r.weights_version for r in rollouts} == {version}
+        assert (engine.pool.restarts, engine.pool.loads) == (0, 3)
+    finally:
+        engine.close()
+
+
 REWARD = """
 def letters(solution_str):
     return sum(map(ord, solution_str)) % 7 / 7

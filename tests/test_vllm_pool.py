@@ -109,3 +109,18 @@ def test_a_python_that_cannot_be_started_is_said_and_leaves_no_scratch_folder(tm
 
     run(work())
     assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("jaxrl-vllm-")}
+
+
+def test_a_request_that_always_ends_its_server_ends_the_run_after_max_restarts(tmp_path):
+    server = local(tmp_path, POISON="7")
+
+    async def work():
+        async with opened([server], max_restarts=2) as pool:
+            await pool.install(Weights(1))
+            answered = await pool.answer(jobs(3), SAMPLING, None)
+            assert [label for _, _, label in answered] == ["run:1"]
+            with pytest.raises(RuntimeError, match="server 0: "):
+                await pool.answer(jobs(7), SAMPLING, None)
+            assert (pool.restarts, server.state) == (2, DEAD)
+
+    run(work())

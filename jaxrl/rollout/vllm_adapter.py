@@ -339,9 +339,9 @@ class Worker:
             self._jaxrl_reload(Path(path))
         except Exception as error:  # reported: whoever asked must know that this model is neither old nor new
             return {"broken": f"{type(error).__name__}: {error}"}
-        digest, covered = _digest(self.model_runner.get_model())
+        digest, whole = _digest(self.model_runner.get_model())
         seconds = {"check_s": checked - started, "load_s": time.monotonic() - checked}
-        return {"loaded": manifest["version"], "digest": digest, "digest_bytes": covered, **seconds}
+        return {"loaded": manifest["version"], "digest": digest, "whole": whole, **seconds}
 
     def _jaxrl_reload(self, path: Path) -> None:
         from safetensors import safe_open
@@ -387,18 +387,21 @@ def _refresh_tied_head(model: Any) -> None:
             head.quant_method.process_weights_after_loading(head)
 
 
-def _digest(model: Any) -> tuple[str, int]:
-    """A sum over the bytes of the live parameters, and how many they are: on a CPU the packed ones are not seen."""
+def _digest(model: Any) -> tuple[str, bool]:
+    """A sum over the bytes of the live parameters, and whether it is over all of them: on a CPU the packed ones, which
+    are all that adapters change, are not seen.
+    """
     import torch
 
-    total, covered = 0, 0
+    total, whole = 0, True
     for _, parameter in sorted(model.named_parameters()):
-        if parameter.numel() and parameter.layout == torch.strided:
+        if not parameter.numel() or parameter.layout != torch.strided:
+            whole = False
+        else:
             data = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
             words = data[: len(data) // 4 * 4].view(torch.int32)
             total = (31 * total + int(words.sum(dtype=torch.int64))) % 2**64
-            covered += parameter.nbytes
-    return f"{total:016x}", covered
+    return f"{total:016x}", whole
 
 
 def _lora_rank(rank: int) -> int | None:

@@ -319,14 +319,13 @@ class Pool:
             else:
                 answer = await client.load(path, manifest, timeout_s=timeout_s)
                 log.info("%s has version %d: %s", server, manifest.version, answer)
-                if answer["digest_bytes"] and answer["digest"] == server.live_digest:
+                if answer["whole"] and answer["digest"] == server.live_digest:
                     raise ServerLost(f"version {manifest.version} of the weights left its parameters as they were")
                 server.live_digest = answer["digest"]
         await client.set_version(manifest.label)
         await client.reset_cache()
         await self._probe(server, publication)
         server.label, server.content = manifest.label, manifest.digest
-        server.failures = 0
 
     async def _probe(self, server: Server, publication: Publication) -> None:
         """A fixed prompt's logprobs, against the trainer's: the one proof that holds whatever a server keeps where."""
