@@ -124,3 +124,59 @@ def test_a_request_that_always_ends_its_server_ends_the_run_after_max_restarts(t
             assert (pool.restarts, server.state) == (2, DEAD)
 
     run(work())
+
+
+def refuses(stub: Stub, version: int) -> None:
+    def load(message):
+        if message["args"][1]["version"] == version:
+            return 200, {"results": [{"refused": f"version {version} is not for me"}]}
+        return stub.usual("/collective_rpc", message)
+
+    stub.answers["jaxrl_load"] = load
+
+
+def test_after_a_refusal_by_one_of_two_servers_both_answer_with_the_weights_before(stubs):
+    refuses(stubs[1], 2)
+
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+            with pytest.raises(Refused, match="version 2 is not for me"):
+                await pool.install(Weights(2))
+            assert stubs[0].loaded == ["/exports/v1", "/exports/v2", "/exports/v1"]
+            answered = await pool.answer(jobs(*range(3, 30)), SAMPLING, None)
+            assert {label for _, _, label in answered} == {"run:1"}
+            assert all(stub.num_answered for stub in stubs)
+
+    run(work())
+
+
+def test_a_server_that_starts_while_others_refuse_gets_the_weights_before(stubs):
+    for stub in stubs:
+        refuses(stub, 2)
+
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+            await pool.lost(pool.servers[1], pool.servers[1].gone, "for the test")
+            with pytest.raises(Refused):
+                await pool.install(Weights(2))
+            await pool._until(lambda: all((s.state, s.label) == (SERVING, "run:1") for s in pool.servers))
+
+    run(work())
+
+
+def test_an_answer_to_a_load_that_nobody_foresaw_starts_the_server_again(stubs):
+    stubs[0].answers["jaxrl_load"] = lambda _: (400, {"error": "what is that?"})
+
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+            await pool._until(lambda: pool.servers[0].state == DEAD)
+            assert "what is that?" in pool.servers[0].reason
+            assert len(await pool.answer(jobs(3, 4), SAMPLING, None)) == 2
+
+    run(work())

@@ -33,6 +33,7 @@ from ..weights.pretrained import Pretrained
 from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
 from .engine import Report, Sampling, check_prompt
 from .vllm_adapter import ServerSpec
+from .vllm_client import ServerLost
 from .vllm_pool import DEAD, STARTING, Job, Pool, Server
 from .vllm_process import ServerProcess
 from .vllm_publication import Publication
@@ -160,8 +161,14 @@ class VllmEngine:
 
     async def _transports(self) -> dict[Server, str]:
         """How weights get to the servers that have them or wait for them."""
-        ready = [server for server in self.pool.servers if server.state not in (STARTING, DEAD)]
-        return {server: await self._transport(server) for server in ready}
+        found = {}
+        for server in [server for server in self.pool.servers if server.state not in (STARTING, DEAD)]:
+            gone = server.gone
+            try:
+                found[server] = await self._transport(server)
+            except (ServerLost, ValueError) as error:
+                await self.pool.lost(server, gone, str(error))
+        return found
 
     async def _transport(self, server: Server) -> str:
         """As set, else shared memory where the server sees ours, else HTTP."""

@@ -85,6 +85,7 @@ class Pool:
         self.current: Publication | None = None
         self.restarts = self.loads = 0
         self._changed = asyncio.Condition()
+        self._installing = asyncio.Lock()  # until it is known whether the servers take the weights
         self._tasks: set[asyncio.Task] = set()
 
     # Life and death.
@@ -135,7 +136,7 @@ class Pool:
         if not condition():
             raise RuntimeError("; ".join(f"{server}: {server.reason}" for server in self.servers))
 
-    async def _lost(self, server: Server, gone: asyncio.Event, reason: str) -> None:
+    async def lost(self, server: Server, gone: asyncio.Event, reason: str) -> None:
         """Start a server again, once for all who saw it fail. `gone` tells of which start they speak."""
         if gone is not server.gone or gone.is_set() or server.state == DEAD:
             return
@@ -157,8 +158,7 @@ class Pool:
             try:
                 await self._start(server)
                 while not await self._serves(server):
-                    assert self.current is not None
-                    await self._load(server, self.current)
+                    await self._catch_up(server)
                 return
             except ServerLost as lost:
                 failed = True
@@ -184,6 +184,17 @@ class Pool:
         finally:
             server.gone.set()
             await self._set(server, DEAD)
+
+    async def _catch_up(self, server: Server) -> None:
+        """Load the weights of now. Raises Refused for those that it alone refuses."""
+        publication = self.current
+        assert publication is not None
+        try:
+            await self._load(server, publication)
+        except Refused:
+            async with self._installing:
+                if self.current is publication:
+                    raise
 
     async def _serves(self, server: Server) -> bool:
         """SERVING from now on, if it has the current weights."""
@@ -238,16 +249,16 @@ class Pool:
             if server.state not in (SERVING, DRAINING):
                 continue  # starting and loading have time limits of their own
             if server.process is not None and (ended := server.process.ended()):
-                await self._lost(server, gone, ended)
+                await self.lost(server, gone, ended)
             elif server.client is not None:
                 try:
                     await asyncio.wait_for(self._or_gone(server, server.client.ping()), self.settings.stall_timeout_s)
                     await asyncio.sleep(pause - POLL_S)
                 except TimeoutError:
                     seconds = self.settings.stall_timeout_s
-                    await self._lost(server, gone, f"it gave no sign of life for {seconds:.0f} s")
+                    await self.lost(server, gone, f"it gave no sign of life for {seconds:.0f} s")
                 except Exception as lost:  # whatever it is: nobody else watches this server
-                    await self._lost(server, gone, str(lost) or repr(lost))
+                    await self.lost(server, gone, str(lost) or repr(lost))
 
     async def _or_gone(self, server: Server, work: Awaitable[T]) -> T:
         """What `work` returns, unless the server is lost before."""
@@ -267,7 +278,7 @@ class Pool:
     async def install(self, publication: Publication) -> None:
         """Every server that serves has these weights when this returns; those that start take them by themselves.
 
-        Raises Refused where a server does not take them; the weights before go on answering.
+        Raises Refused where a server does not take them; the weights before go on answering, on all of them.
         """
         before, self.current = self.current, publication
         for server in self.servers:
@@ -275,14 +286,16 @@ class Pool:
                 server.failures = 0
                 await self._set(server, STARTING)
                 self._spawn(self._bring_up(server))
-        serving = [server for server in self.servers if server.state == SERVING]
-        one_by_one = any(server.in_flight for server in serving)  # the others go on answering
-        results: list[BaseException | None] = []
-        for part in [[server] for server in serving] if one_by_one else [serving]:
-            results += await asyncio.gather(*(self._replace(server) for server in part), return_exceptions=True)
-        for error in results:
-            if isinstance(error, Refused):
+        async with self._installing:
+            serving = [server for server in self.servers if server.state == SERVING]
+            one_by_one = any(server.in_flight for server in serving)  # the others go on answering
+            results: list[BaseException | None] = []
+            for part in [[server] for server in serving] if one_by_one else [serving]:
+                results += await asyncio.gather(*(self._replace(server) for server in part), return_exceptions=True)
+            if any(isinstance(error, Refused) for error in results):
                 self.current = before
+                await asyncio.gather(*(self._take_back(server, publication) for server in serving))
+        for error in results:
             if error is not None:
                 raise error
         label = publication.manifest.label
@@ -301,10 +314,25 @@ class Pool:
             await self._load(server, self.current)
             await self._set(server, SERVING)
         except ServerLost as lost:
-            await self._lost(server, gone, str(lost))
+            await self.lost(server, gone, str(lost))
         except Refused:
             await self._set(server, SERVING)
             raise
+        except Exception as error:  # whatever it is, nobody knows what the server has now
+            await self.lost(server, gone, str(error) or repr(error))
+
+    async def _take_back(self, server: Server, refused: Publication) -> None:
+        """The weights before, on a server that took those that another one refused."""
+        if server.state != SERVING or server.label != refused.manifest.label:
+            return
+        if self.current is None:
+            server.label = None  # it answers nothing until there are weights that all take
+            return
+        gone = server.gone
+        try:
+            await self._replace(server)
+        except Refused as error:
+            await self.lost(server, gone, str(error))
 
     async def _load(self, server: Server, publication: Publication) -> None:
         """Load, name the version, forget the prefixes, and look whether it answers with these weights."""
@@ -353,6 +381,7 @@ class Pool:
         self, jobs: Sequence[Job], sampling: Sampling, report: Report | None
     ) -> list[tuple[Job, list[Answer], str]]:
         """The answers to every job, in order, with the label of the weights that gave them."""
+        assert self.current is not None, "generate before the first update_weights"
         waiting = deque(range(len(jobs)))
         results: list[tuple[Job, list[Answer], str] | None] = [None] * len(jobs)
         finished = tokens = 0
@@ -398,7 +427,7 @@ class Pool:
                 server.failures = 0
                 return answers, label
             except ServerLost as lost:
-                await self._lost(server, gone, str(lost))
+                await self.lost(server, gone, str(lost))
             finally:
                 async with self._changed:
                     server.in_flight -= job.n
