@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +30,7 @@ class Stub:
         self.loaded: list[str] = []  # paths, in order
         self.uploads: dict[str, bytes] = {}
         self.num_answered = 0
+        self.pause_s = 0.0  # before an upload is read
         self.answers: dict[str, Callable[[Any], Reply]] = {}
         self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
         self._http.daemon_threads = True
@@ -96,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         pieces = []
+        time.sleep(self.stub.pause_s)
         while size := int(self.rfile.readline(), 16):
             pieces.append(self.rfile.read(size))
             self.rfile.readline()
@@ -111,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/html" if isinstance(content, str) else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -127,6 +132,8 @@ def stub_python(folder: Path) -> str:
 
 def main(given: str) -> None:
     spec = json.loads(given)
+    while not Path(spec["env"].get("WAIT_FOR", "/")).exists():
+        time.sleep(0.05)
     stub = Stub(spec["port"])
     poison = spec["env"].get("POISON")  # a token whose prompt ends the server
 

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import os
 import secrets
+import shutil
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -52,6 +53,7 @@ class VllmEngine:
     ):  # fmt: skip
         self.config, self.mesh, self.settings, self.source = config, mesh, settings, source
         self.max_model_len = max_model_len
+        self.folder = folder
         self.run = secrets.token_hex(6)
         self.version = -1
         self._link = Link() if link is None else link
@@ -106,7 +108,8 @@ class VllmEngine:
         else:
             make = partial(model_export, self.run, version, variables, self.config, info["dtype"])
         probe_logprobs = self._probe(variables)
-        self._link.first("how the weights travel", self._choose_ways)  # what is refused is, before the hosts gather
+        # What is refused is, before the hosts gather.
+        self._link.first("how the weights travel", lambda: self._choose_ways(make().manifest.nbytes))
         if not self._link.is_first:
             make().finish()  # takes part in the gathering
         self._link.first(f"version {version} of the weights", lambda: self._publish(make, probe_logprobs))
@@ -133,14 +136,20 @@ class VllmEngine:
         self._loop.close()
         if self._shared is not None:
             self._shared.close()
+        for name in {"disk", self.settings.transport} & {"disk", "file"}:
+            shutil.rmtree(self._parent(name), ignore_errors=True)
 
     # What they are made of.
 
-    def _choose_ways(self) -> None:
-        """To whom the next version is uploaded, and in which folders it is written for the others."""
+    def _choose_ways(self, num_bytes: int) -> None:
+        """In which folders the next version is written, and to whom it is uploaded from there."""
         transports = self._call(self._transports())
-        self._uploads = [server for server, name in transports.items() if name == "http"]
-        self._folders = {name: self._parent(name) for name in set(transports.values()) - {"http"}}
+        self._uploads = [s for s, name in transports.items() if name == "http" and s.state != STARTING]
+        names = set(transports.values()) - {"http"}
+        if not names:  # for uploads alone: in memory where two versions have room, else on the disk of the run
+            has_room = os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2 * num_bytes
+            names = {"shm" if has_room else "disk"}
+        self._folders = {name: self._parent(name) for name in names}
 
     def _publish(self, make: Callable[[], Export], probe_logprobs: list[float]) -> None:
         before = self._publication
@@ -150,7 +159,7 @@ class VllmEngine:
             transports=self._transport, timeout_s=self.settings.load_timeout_s,
         )  # fmt: skip
         try:
-            publication.send(self._uploads, self._folders)
+            publication.send(self._folders, self._uploads)
             self._call(self.pool.install(publication))
         except BaseException:
             publication.forget()
@@ -160,9 +169,11 @@ class VllmEngine:
             before.forget()
 
     async def _transports(self) -> dict[Server, str]:
-        """How weights get to the servers that have them or wait for them."""
+        """How weights get to the servers, as far as that is known of those that start."""
         found = {}
-        for server in [server for server in self.pool.servers if server.state not in (STARTING, DEAD)]:
+        for server in [server for server in self.pool.servers if server.state != DEAD]:
+            if server.state == STARTING and server.process is None and self.settings.transport == "auto":
+                continue  # it cannot be asked yet
             gone = server.gone
             try:
                 found[server] = await self._transport(server)
@@ -185,6 +196,8 @@ class VllmEngine:
             if self._shared is None:
                 self._shared = SharedFolder()
             return self._shared.path
+        if transport == "disk":
+            return self.folder / "published"
         assert self.settings.file_dir is not None
         return Path(self.settings.file_dir) / f"jaxrl-{self.run}"
 

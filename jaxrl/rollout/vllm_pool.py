@@ -5,7 +5,8 @@ A server is STARTING (until it has the current weights), SERVING, DRAINING (it a
 weights come, and is asked no more), LOADING them, or DEAD (given up). It is lost when its process ends, a request
 breaks, an answer makes no sense, or it gives no sign of life; it is then started again with the weights of now, and
 what it had not answered is asked anew, so that every prompt is answered once. A server that fails `max_restarts` times
-in a row is dropped; when none is left the run ends, with the reason.
+in a row is dropped (one that is named by its URL is tried again with the next weights); when none is left the run ends,
+with the reason.
 """
 
 from __future__ import annotations
@@ -287,6 +288,8 @@ class Pool:
                 await self._set(server, STARTING)
                 self._spawn(self._bring_up(server))
         async with self._installing:
+            # What is uploaded is there before a server stops to answer.
+            await asyncio.gather(*(self._bring(server) for server in self.servers if server.state == SERVING))
             serving = [server for server in self.servers if server.state == SERVING]
             one_by_one = any(server.in_flight for server in serving)  # the others go on answering
             results: list[BaseException | None] = []
@@ -300,6 +303,16 @@ class Pool:
                 raise error
         label = publication.manifest.label
         await self._until(lambda: any(s.state == SERVING and s.label == label for s in self.servers))
+
+    async def _bring(self, server: Server) -> None:
+        gone, publication = server.gone, self.current
+        assert publication is not None
+        if server.content == publication.manifest.digest:
+            return
+        try:
+            await publication.place(server)
+        except Exception as error:
+            await self.lost(server, gone, str(error) or repr(error))
 
     async def _replace(self, server: Server) -> None:
         gone = server.gone

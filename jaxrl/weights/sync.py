@@ -1,17 +1,18 @@
 """Publishing weights: a version as a stream of bytes, tensor by tensor from the devices, into one or several sinks.
 
 An export runs once, whatever number of servers want it: each piece goes to every sink before the next one leaves the
-devices. A sink is a file (on tmpfs for servers on this host, on a shared disk for others) or an HTTP upload; the file
-takes its name when all of it is there. `rollout/protocol.py` says what the bytes are and how they are checked.
+devices. A sink is a file (on tmpfs for servers on this host, on a shared disk for others), which takes its name when all
+of it is there; an HTTP upload follows it as it grows. `rollout/protocol.py` says what the bytes are and how they are checked.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,6 +102,7 @@ class FileSink:
         self.path, self._partial = path, path.with_suffix(".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("wb")
+        self._is_whole = self._is_abandoned = False
 
     def write(self, piece: memoryview) -> None:
         self._file.write(piece)
@@ -108,10 +110,30 @@ class FileSink:
     def close(self) -> None:
         self._file.close()
         self._partial.replace(self.path)
+        self._is_whole = True
 
     def abandon(self) -> None:
+        self._is_abandoned = True
         self._file.close()
         self._partial.unlink(missing_ok=True)
+
+    async def follow(self, size: int) -> AsyncIterator[bytes]:
+        """Its content in pieces of up to `size` bytes, also while another thread still writes it."""
+        try:
+            file = self._partial.open("rb", buffering=0)
+        except FileNotFoundError:
+            file = self.path.open("rb", buffering=0)
+        with file:
+            while True:
+                is_whole = self._is_whole  # asked before the read, which may meet the end of what is there by now
+                if piece := file.read(size):
+                    yield piece
+                elif is_whole:
+                    return
+                elif self._is_abandoned:
+                    raise OSError(f"{self.path.name} was never written to its end")
+                else:
+                    await asyncio.sleep(0.005)
 
 
 class SharedFolder:
