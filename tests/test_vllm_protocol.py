@@ -27,6 +27,7 @@ from jaxrl.weights.export import hf_tensors
 from jaxrl.weights.folder import load_hf_config
 from jaxrl.weights.sync import Export, FileSink, SharedFolder, adapter_export, model_export, model_shapes
 
+ROOT = Path(__file__).parents[1]
 MODEL = Path(__file__).parent / "data" / "hf_torch" / "llama32-tied"
 
 
@@ -290,3 +291,13 @@ def test_settings_of_the_sidecar_that_do_not_fit_together_are_refused(vllm, word
     }  # fmt: skip
     with pytest.raises(ValueError, match=words):
         from_dict(tree)
+
+
+def test_setup_refuses_a_folder_that_it_did_not_make_and_leaves_it_as_it_is(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    command = ["bash", str(ROOT / "scripts" / "setup_vllm.sh"), "--cpu", str(tmp_path)]
+    # An interpreter that makes nothing: were the folder not refused, the test would not install vLLM.
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": "true"})
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
+    assert f"{tmp_path} holds something that this script did not make" in run.stderr
+    assert (tmp_path / "thesis.tex").exists()
