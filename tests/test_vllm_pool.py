@@ -180,3 +180,17 @@ def test_an_answer_to_a_load_that_nobody_foresaw_starts_the_server_again(stubs):
             assert len(await pool.answer(jobs(3, 4), SAMPLING, None)) == 2
 
     run(work())
+
+
+def test_of_what_is_installed_for_the_trainer_a_server_sees_jaxrl_alone(tmp_path):
+    server = local(tmp_path, REPORT=str(tmp_path / "path"))
+
+    async def work():
+        async with opened([server]) as pool:
+            await pool.ready()
+            path = Path((tmp_path / "path").read_text())
+            assert [each.name for each in path.iterdir()] == ["jaxrl"]
+            assert (path / "jaxrl" / "rollout" / "vllm_server.py").exists()
+        assert not path.exists()
+
+    run(work())

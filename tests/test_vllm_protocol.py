@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from vllm_stub import stub_python
 
 from jaxrl.config import from_dict
 from jaxrl.models.config import ModelConfig
@@ -301,3 +303,27 @@ def test_setup_refuses_a_folder_that_it_did_not_make_and_leaves_it_as_it_is(tmp_
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
     assert f"{tmp_path} holds something that this script did not make" in run.stderr
     assert (tmp_path / "thesis.tex").exists()
+
+
+def serving(python: str, folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "scripts" / "serve_vllm.py"), str(MODEL), "--port", "0"]
+    command += ["--python", python, "--folder", str(folder), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_server_for_other_hosts_says_under_which_name_they_find_it(tmp_path):
+    with serving(stub_python(tmp_path), tmp_path / "log", "--host", "0.0.0.0") as server:
+        assert server.stdout is not None
+        ready = next(line for line in server.stdout if line.startswith("ready"))
+        server.terminate()
+    assert f"rollout.vllm.urls=[http://{socket.gethostname()}:" in ready
+
+
+def test_a_server_that_does_not_start_is_waited_for_no_longer_than_was_said(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nread -r line\n")  # until its standard input ends
+    python.chmod(0o755)
+    with serving(str(python), tmp_path / "log", "--start-timeout-s", "1") as server:
+        _, error = server.communicate(timeout=60)
+    assert server.returncode == 2
+    assert error.startswith("error: it was waited for 1 s (--start-timeout-s) to start, and ") and error.count("\n") == 1

@@ -133,6 +133,18 @@ def test_a_server_that_starts_while_a_version_is_published_finds_a_copy_of_it(en
     assert versions(engine) == {2}
 
 
+def test_versions_on_a_shared_disk_go_when_the_engine_is_closed(stubs, engine_of, tmp_path):
+    engine = engine_of(urls=(stubs[0].url,), transport="file", file_dir=str(tmp_path / "shared"))
+    for version in (1, 2):
+        engine.update_weights(weights(engine, version), version)
+    assert [Path(path).relative_to(tmp_path / "shared").parts[1:] for path in stubs[0].loaded] == [
+        ("v1", "model.safetensors"), ("v2", "model.safetensors")
+    ]  # fmt: skip
+    assert len(list((tmp_path / "shared").glob("*/v*"))) == 1
+    engine.close()
+    assert not list((tmp_path / "shared").iterdir())
+
+
 def test_one_server_that_cannot_be_asked_for_its_transport_does_not_end_the_run(stubs, engine_of):
     engine = engine_of(urls=tuple(stub.url for stub in stubs), max_restarts=1)
     ready(engine)

@@ -132,6 +132,8 @@ def stub_python(folder: Path) -> str:
 
 def main(given: str) -> None:
     spec = json.loads(given)
+    if "REPORT" in spec["env"]:
+        Path(spec["env"]["REPORT"]).write_text(os.environ["PYTHONPATH"])
     while not Path(spec["env"].get("WAIT_FOR", "/")).exists():
         time.sleep(0.05)
     stub = Stub(spec["port"])
