@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import socket
+import time
 from collections.abc import Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,9 +14,10 @@ import pytest
 from vllm_stub import LOGPROB, Stub, stub_python
 
 from jaxrl.config import VllmSection
-from jaxrl.rollout.engine import Sampling
+from jaxrl.rollout.engine import EngineLost, Sampling
 from jaxrl.rollout.protocol import Manifest, Refused, Tensor
 from jaxrl.rollout.vllm_adapter import GENERATE, INFO, ServerSpec
+from jaxrl.rollout.vllm_client import Client
 from jaxrl.rollout.vllm_pool import DEAD, SERVING, Job, Pool, Server
 from jaxrl.rollout.vllm_process import ServerProcess
 
@@ -119,7 +122,7 @@ def test_a_request_that_always_ends_its_server_ends_the_run_after_max_restarts(t
             await pool.install(Weights(1))
             answered = await pool.answer(jobs(3), SAMPLING, None)
             assert [label for _, _, label in answered] == ["run:1"]
-            with pytest.raises(RuntimeError, match="server 0: "):
+            with pytest.raises(EngineLost, match="server 0: "):
                 await pool.answer(jobs(7), SAMPLING, None)
             assert (pool.restarts, server.state) == (2, DEAD)
 
@@ -192,5 +195,38 @@ def test_of_what_is_installed_for_the_trainer_a_server_sees_jaxrl_alone(tmp_path
             assert [each.name for each in path.iterdir()] == ["jaxrl"]
             assert (path / "jaxrl" / "rollout" / "vllm_server.py").exists()
         assert not path.exists()
+
+    run(work())
+
+
+def test_a_reply_that_is_lost_while_its_server_lives_is_asked_for_again(stubs, monkeypatch):
+    monkeypatch.setattr("jaxrl.rollout.vllm_pool.SLOWEST_S", 0.1)
+    lost = []
+
+    def generate(message):
+        if "prompt_logprobs" not in message["sampling_params"] and not lost:
+            lost.append(message)
+            time.sleep(20.0)
+        return stubs[0].usual(GENERATE, message)
+
+    stubs[0].answers[GENERATE] = generate
+
+    async def work():
+        async with opened(at(stubs[0].url), stall_timeout_s=1.0) as pool:
+            await pool.install(Weights(1))
+            assert len(await pool.answer(jobs(3), SAMPLING, None)) == 1
+            assert "it was waited for 2 s for a response in vain" in pool.servers[0].reason
+
+    run(work(), timeout_s=15.0)
+
+
+def test_a_connection_that_nobody_answers_is_found_dead_by_tcp(stubs):
+    async def work():
+        client = Client(stubs[0].url, "key", timeout_s=5.0)
+        await client.info()
+        (connection,) = client._http._transport._pool.connections
+        stream = connection._connection._network_stream
+        assert stream.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        await client.close()
 
     run(work())

@@ -99,8 +99,7 @@ class VllmEngine:
     def update_weights(self, variables: Tree, version: int) -> None:
         """Publish these weights as `version`: every server that serves has them when this returns.
 
-        Raises ValueError where a server refuses them (those before go on answering), RuntimeError where no server is
-        left.
+        Raises ValueError where a server refuses them (those before go on answering), EngineLost where no server is left.
         """
         info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
         if self.settings.publish == "adapter":

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ..config import VllmSection
-from .engine import Report, Sampling
+from .engine import EngineLost, Report, Sampling
 from .protocol import Manifest, Refused
 from .vllm_adapter import Answer, untried
 from .vllm_client import Client, ServerLost
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 STARTING, SERVING, DRAINING, LOADING, DEAD = "starting", "serving", "draining", "loading", "dead"
 POLL_S = 0.25
+SLOWEST_S = 5.0  # for a token of a response: what takes longer was lost on its way, though its server gives signs of life
 OVERBOOKED = 2  # sequences that wait at a server for each that it decodes, so that none of its places stays empty
 
 
@@ -110,7 +111,7 @@ class Pool:
         """What the first server that has started says of itself. Raises ValueError where none can be started."""
         try:
             await self._until(lambda: any(server.info for server in self.servers))
-        except RuntimeError as error:
+        except EngineLost as error:
             raise ValueError(str(error)) from None
         return next(server.info for server in self.servers if server.info)
 
@@ -135,7 +136,7 @@ class Pool:
         async with self._changed:
             await self._changed.wait_for(lambda: condition() or all(s.state == DEAD for s in self.servers))
         if not condition():
-            raise RuntimeError("; ".join(f"{server}: {server.reason}" for server in self.servers))
+            raise EngineLost("; ".join(f"{server}: {server.reason}" for server in self.servers))
 
     async def lost(self, server: Server, gone: asyncio.Event, reason: str) -> None:
         """Start a server again, once for all who saw it fail. `gone` tells of which start they speak."""
@@ -434,6 +435,7 @@ class Pool:
                 answers = await self._or_gone(server, server.client.generate(
                     job.token_ids, sampling, n=job.n, max_tokens=job.max_tokens, seed=job.seed,
                     adapter=self.current.is_adapter,
+                    timeout_s=self.settings.stall_timeout_s + OVERBOOKED * job.max_tokens * SLOWEST_S,
                 ))  # fmt: skip
                 if wrong := [answer.labels for answer in answers if answer.labels != {label}]:
                     raise ServerLost(f"it answered with the weights {sorted(wrong[0])} where it has {label}")
