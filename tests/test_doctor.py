@@ -167,7 +167,7 @@ def test_the_script_says_that_all_is_well_and_leaves_nothing(settings, tmp_path)
 
 def broken_python(folder: Path, last_words: str) -> str:
     path = folder / f"python {last_words[:5]}"
-    path.write_text(f"#!/bin/sh\necho \"{last_words}\" >&2\nexit 1\n")
+    path.write_text(f'#!/bin/sh\necho "{last_words}" >&2\nexit 1\n')
     path.chmod(0o755)
     return str(path)
 

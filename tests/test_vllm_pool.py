@@ -103,7 +103,9 @@ def test_a_python_that_cannot_be_started_is_said_and_leaves_no_scratch_folder(tm
     python.write_text("no program")
     python.chmod(0o755)
     before = set(os.listdir("/dev/shm"))
-    server = Server("server 0", "key", None, ServerProcess(str(python), ServerSpec("m", "127.0.0.1", 0, str(tmp_path)), "k"))
+    server = Server(
+        "server 0", "key", None, ServerProcess(str(python), ServerSpec("m", "127.0.0.1", 0, str(tmp_path)), "k")
+    )
 
     async def work():
         async with opened([server]) as pool:
@@ -230,3 +232,93 @@ def test_a_connection_that_nobody_answers_is_found_dead_by_tcp(stubs):
         await client.close()
 
     run(work())
+
+
+def once(stub: Stub, answer: Any) -> None:
+    """The first response that is asked for is `answer` of what it would have been."""
+    given = []
+
+    def generate(message):
+        usual = stub.usual(GENERATE, message)
+        if "prompt_logprobs" in message["sampling_params"] or given:
+            return usual
+        given.append(message)
+        return answer(usual[1])
+
+    stub.answers[GENERATE] = generate
+
+
+def with_choice(**changes: Any):
+    return lambda message: (200, {"choices": [message["choices"][0] | changes]})
+
+
+NONSENSE = {
+    "another version": (
+        with_choice(weight_versions=[{"version": "run:0", "start": 0, "end": 3}]),
+        "it answered with the weights ['run:0'] where it has run:1",
+    ),
+    "two versions": (
+        with_choice(weight_versions=[{"version": f"run:{i}", "start": i, "end": i + 1} for i in range(2)]),
+        "it answered with the weights ['run:0', 'run:1'] where it has run:1",
+    ),
+    "no version": (with_choice(weight_versions=None), "it answered with the weights [] where it has run:1"),
+    "no tokens": (with_choice(token_ids=[]), "tokens and logprobs do not belong together"),
+    "other logprobs": (with_choice(token_ids=[5, 6, 5]), "tokens and logprobs do not belong together"),
+    "an abort": (with_choice(finish_reason="abort"), "a response ended by 'abort'"),
+    "no number": (
+        with_choice(token_ids=[5], logprobs={"content": [{"token_id": 5, "logprob": float("nan")}]}),
+        "a logprob is not a number below 0",
+    ),
+    "too few": (lambda _: (200, {"choices": []}), "0 responses came where 1 were asked for"),
+    "no response": (lambda _: (200, {"hello": 1}), "it answered a prompt with what is no response"),
+    "a page": (lambda _: (200, "<html>"), "it answered a prompt with what is no response"),
+    "an error": (lambda _: (500, {"error": "EngineCore"}), "was asked for a response and answered 500"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, words", NONSENSE.values(), ids=NONSENSE.keys())
+def test_an_answer_that_is_none_of_these_weights_is_not_used_and_asked_for_again(stubs, answer, words):
+    once(stubs[0], answer)
+
+    async def work():
+        async with opened(at(stubs[0].url)) as pool:
+            await pool.install(Weights(1))
+            ((_, answers, label),) = await pool.answer(jobs(3), SAMPLING, None)
+            assert (answers[0].token_ids, answers[0].labels, label) == ([5, 5, 5], {"run:1"}, "run:1")
+            assert pool.restarts == 1 and words in pool.servers[0].reason
+
+    run(work())
+
+
+def test_two_servers_share_the_work_and_take_new_weights_one_after_the_other(stubs):
+    states = []  # of the other server, when one of them loads
+
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+            for stub, other in zip(stubs, reversed(pool.servers), strict=True):
+
+                def generate(message, stub=stub):
+                    time.sleep(0.1)
+                    return stub.usual(GENERATE, message)
+
+                def load(message, stub=stub, other=other):
+                    states.append((other.state, other.label))
+                    time.sleep(0.3)
+                    return stub.usual("/collective_rpc", message)
+
+                stub.answers |= {GENERATE: generate, "jaxrl_load": load}
+            answering = asyncio.ensure_future(pool.answer(jobs(*range(3, 203)), SAMPLING, None))
+            while not all(stub.num_answered for stub in stubs):
+                await asyncio.sleep(0.01)
+            await pool.install(Weights(2))
+            answered = await answering
+            labels = [label for _, _, label in answered]
+            assert set(labels) == {"run:1", "run:2"} and len(labels) == 200
+            assert all(answers[0].labels == {label} for _, answers, label in answered)
+            assert all(stub.num_answered > 40 for stub in stubs)
+            assert pool.restarts == 0
+
+    run(work())
+    assert states == [(SERVING, "run:1"), (SERVING, "run:2")]

@@ -280,7 +280,10 @@ def test_shared_memory_of_a_dead_server_is_its_own_and_not_the_export_that_it_ha
         ({"python": "p", "publish": "adapter"}, "publish adapter needs adapters: set model.lora_rank"),
         ({"python": "p", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization 1.5 is a share"),
         ({"python": "p", "stall_timeout_s": 0}, "stall_timeout_s is 0.0 and must be above 0"),
-        ({"urls": ["http://h:80OO"]}, "rollout.vllm.urls has 'http://h:80OO', which is no address of a server: write http://"),
+        (
+            {"urls": ["http://h:80OO"]},
+            "rollout.vllm.urls has 'http://h:80OO', which is no address of a server: write http://",
+        ),
         ({"urls": ["h:8000"]}, "rollout.vllm.urls has 'h:8000', which is no address"),
         ({"python": "p", "args": {"port": 8000}}, "rollout.vllm.args sets port, which the trainer sets itself"),
         ({"python": "p", "dtype": "fp8"}, "rollout.vllm.dtype is 'fp8' and must be one of auto"),
@@ -326,4 +329,6 @@ def test_a_server_that_does_not_start_is_waited_for_no_longer_than_was_said(tmp_
     with serving(str(python), tmp_path / "log", "--start-timeout-s", "1") as server:
         _, error = server.communicate(timeout=60)
     assert server.returncode == 2
-    assert error.startswith("error: it was waited for 1 s (--start-timeout-s) to start, and ") and error.count("\n") == 1
+    assert (
+        error.startswith("error: it was waited for 1 s (--start-timeout-s) to start, and ") and error.count("\n") == 1
+    )

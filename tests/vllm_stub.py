@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
 def stub_python(folder: Path) -> str:
     """A program to name in `rollout.vllm.python`."""
     path = folder / "python"
-    path.write_text(f"#!/bin/sh\nexec {sys.executable} {__file__} \"$3\"\n")
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} "$3"\n')
     path.chmod(0o755)
     return str(path)
 

@@ -42,6 +42,7 @@ def check(c: Config) -> None:
     _check_positive(c)
     if c.rollout.engine == "vllm":
         _check_vllm(c)
+    _check_texts(c)
     _check_placement(c)
     if c.data.train_batch_size % c.actor.ppo_mini_batch_size:
         raise ValueError(
@@ -150,6 +151,16 @@ def _check_vllm_places(v: VllmSection) -> None:
             raise ValueError(f"rollout.vllm.urls has {url!r}, which is no address of a server: write http://HOST:PORT")
     if taken := sorted({"host", "port", "model", "served_model_name"} & {name.replace("-", "_") for name in v.args}):
         raise ValueError(f"rollout.vllm.args sets {taken[0]}, which the trainer sets itself: leave it out")
+
+
+def _check_texts(c: Config) -> None:
+    for key, texts in (("rollout.stop", c.rollout.stop), ("rollout.bad_words", c.rollout.bad_words)):
+        if texts and c.rollout.engine == "jax":
+            raise ValueError(
+                f"{key} {list(texts)}: the jax engine knows tokens and no texts, set rollout.engine to vllm"
+            )
+        if "" in texts:
+            raise ValueError(f"{key} {list(texts)} has an empty text: leave it out")
 
 
 def _check_sampling(c: Config) -> None:

@@ -64,7 +64,9 @@ class Client:
         """Version of vLLM, device, dtype and model of the server."""
         info = await self._send("GET", INFO, what="the first answer", timeout_s=5.0)
         if not {"vllm", "device", "dtype", "model"} <= info.keys():
-            raise ValueError(f"{self.url} is no server that scripts/serve_vllm.py started: it answers with something else")
+            raise ValueError(
+                f"{self.url} is no server that scripts/serve_vllm.py started: it answers with something else"
+            )
         return info
 
     async def sees(self, path: str) -> bool:

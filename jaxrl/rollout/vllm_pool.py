@@ -30,7 +30,9 @@ T = TypeVar("T")
 
 STARTING, SERVING, DRAINING, LOADING, DEAD = "starting", "serving", "draining", "loading", "dead"
 POLL_S = 0.25
-SLOWEST_S = 5.0  # for a token of a response: what takes longer was lost on its way, though its server gives signs of life
+SLOWEST_S = (
+    5.0  # for a token of a response: what takes longer was lost on its way, though its server gives signs of life
+)
 OVERBOOKED = 2  # sequences that wait at a server for each that it decodes, so that none of its places stays empty
 
 
@@ -169,7 +171,9 @@ class Pool:
             except ValueError as error:  # what another start will not mend
                 server.reason = str(error)
                 break
-            except Exception as error:  # nobody foresaw it: told, since whoever waits for this server would wait for ever
+            except (
+                Exception
+            ) as error:  # nobody foresaw it: told, since whoever waits for this server would wait for ever
                 server.reason = f"{type(error).__name__}: {error}"
                 break
         await self._give_up(server)
