@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -22,11 +24,12 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import init_params
 from jaxrl.rollout.engine import Sampling
 from jaxrl.rollout.protocol import Manifest, Refused, check_export, read_layout
-from jaxrl.rollout.vllm_adapter import ServerSpec, command, explain, untried
+from jaxrl.rollout.vllm_adapter import ServerSpec, command, environment, explain, untried
 from jaxrl.rollout.vllm_process import ServerProcess
 from jaxrl.rollout.vllm_server import shared_memory, unlink
 from jaxrl.weights.export import hf_tensors
 from jaxrl.weights.folder import load_hf_config
+from jaxrl.weights.safetensors_writer import dtype_named
 from jaxrl.weights.sync import Export, FileSink, SharedFolder, adapter_export, model_export, model_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +99,20 @@ def test_a_stream_that_a_sink_breaks_off_is_run_through_to_its_end(model):
 def sent(export: Export) -> Export:
     export.send([])
     return export
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_export_tells_which_tensors_are_not_finite(dtype):
+    numbers = np.ones((4, 70_000), np.float32).astype(dtype_named(dtype))  # more than is looked at at once
+    tensors = {"fine": numbers, "largest": np.full(3, jnp.finfo(dtype).max, numbers.dtype)}
+    for name, wrong in (("nan", np.nan), ("inf", np.inf), ("minus", -np.inf)):
+        tensors[name] = numbers.copy()
+        tensors[name][-1, -1] = wrong
+    export = sent(
+        Export("run", 0, {name: x.shape for name, x in tensors.items()}, dtype, lambda: iter(tensors.items()))
+    )
+    assert export.not_finite == ["nan", "inf", "minus"]
+    assert [t.crc32 for t in export.manifest.tensors] == [zlib.crc32(x.tobytes()) for x in tensors.values()]
 
 
 def test_adapters_alone_are_an_export_under_peft_names(model, tmp_path):
@@ -184,6 +201,15 @@ def test_the_command_line_has_the_users_arguments_last(tmp_path):
     line = " ".join(command("python", spec, "cuda"))
     assert "--tensor-parallel-size 2" in line and "--no-enforce-eager" in line and "--seed 3" in line
     assert "--load-format dummy" in line and "--dtype bfloat16" in line and "--skip-tokenizer-init" in line
+
+
+def test_a_server_on_the_trainers_cores_does_not_spin(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    spec = ServerSpec("model", "127.0.0.1", 1, "log")
+    assert environment(spec, "cpu")["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_WAIT_POLICY" not in environment(spec, "cuda")
+    own = dataclasses.replace(spec, env={"OMP_WAIT_POLICY": "ACTIVE"})
+    assert environment(own, "cpu")["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 @pytest.mark.parametrize(

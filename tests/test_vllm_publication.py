@@ -111,7 +111,7 @@ def test_a_server_that_is_started_again_gets_the_weights_that_training_has_gone_
     until(engine, lambda: all_serve(engine))
     assert_has(stubs[1], UPLOAD + "v1/model.safetensors", kept)
     assert versions(engine) == {1}
-    assert (engine.folder / "published" / "v1").exists() == (room == "on disk")
+    assert bool(list(engine.folder.glob("published/v1-*/model.safetensors"))) == (room == "on disk")
     engine.close()
     assert not (engine.folder / "published").exists()
 
@@ -137,12 +137,36 @@ def test_versions_on_a_shared_disk_go_when_the_engine_is_closed(stubs, engine_of
     engine = engine_of(urls=(stubs[0].url,), transport="file", file_dir=str(tmp_path / "shared"))
     for version in (1, 2):
         engine.update_weights(weights(engine, version), version)
-    assert [Path(path).relative_to(tmp_path / "shared").parts[1:] for path in stubs[0].loaded] == [
-        ("v1", "model.safetensors"), ("v2", "model.safetensors")
-    ]  # fmt: skip
-    assert len(list((tmp_path / "shared").glob("*/v*"))) == 1
+    assert all(Path(path).is_relative_to(tmp_path / "shared") for path in stubs[0].loaded)
+    engine._forgetting.join()
+    assert [str(path) for path in (tmp_path / "shared").glob("*/v*/model.safetensors")] == stubs[0].loaded[1:]
     engine.close()
     assert not list((tmp_path / "shared").iterdir())
+
+
+def test_a_version_that_is_published_again_is_still_there(engine_of, tmp_path):
+    engine = engine_of(python=stub_python(tmp_path))
+    for seed in (1, 2):
+        engine.update_weights(weights(engine, seed), 0)
+    engine._forgetting.join()
+    lose(engine, 0)
+    until(engine, lambda: all_serve(engine))
+    server = engine.pool.servers[0]
+    assert Path(engine._call(engine._publication.place(server))).exists()
+
+
+def test_weights_that_went_wrong_are_refused_before_a_server_hears_of_them(stubs, engine_of):
+    engine = engine_of(urls=(stubs[0].url,))
+    ready(engine)
+    engine.update_weights(weights(engine, 1), 1)
+    for wrong in (np.nan, -np.inf):
+        broken = weights(engine, 2)
+        broken["params"]["norm"]["scale"] = broken["params"]["norm"]["scale"].at[3].set(wrong)
+        with pytest.raises(
+            ValueError, match="version 2 of the weights has NaN or infinity in model.norm.weight: training"
+        ):
+            engine.update_weights(broken, 2)
+    assert versions(engine) == {1} and engine.pool.loads == 1
 
 
 def test_one_server_that_cannot_be_asked_for_its_transport_does_not_end_the_run(stubs, engine_of):

@@ -62,7 +62,7 @@ class Stub:
         if route == RPC and message["method"] == "jaxrl_load":
             path, manifest = message["args"]
             self.loaded.append(path)
-            return 200, {"results": [{"loaded": manifest["version"], "digest": path, "whole": True}]}
+            return 200, {"results": [{"loaded": manifest["version"], "digest": path}]}
         if route == RPC:
             return 200, {"results": [{}]}
         if route == SET_VERSION:

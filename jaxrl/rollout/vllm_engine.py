@@ -41,7 +41,7 @@ from .vllm_publication import Publication
 
 Tree = Any
 T = TypeVar("T")
-PROBE_TOKENS, PROBE_COLUMNS = 32, 128  # columns: what every attention kernel can take
+PROBE_TOKENS, SPLASH_COLUMNS = 32, 128  # columns: what the TPU's attention kernel wants
 
 
 class VllmEngine:
@@ -58,6 +58,7 @@ class VllmEngine:
         self.version = -1
         self._link = Link() if link is None else link
         self._publication: Publication | None = None
+        self._forgetting: threading.Thread | None = None  # the publication before
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
         num = min(PROBE_TOKENS, max_model_len - 1)
         self.probe_ids = np.random.default_rng(0).integers(0, config.vocab_size, num).tolist()
@@ -129,6 +130,8 @@ class VllmEngine:
     def close(self) -> None:
         if not self._link.is_first or self._loop.is_closed():
             return
+        if self._forgetting is not None:
+            self._forgetting.join()
         self._call(self.pool.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -152,6 +155,8 @@ class VllmEngine:
 
     def _publish(self, make: Callable[[], Export], probe_logprobs: list[float]) -> None:
         before = self._publication
+        if self._forgetting is not None:
+            self._forgetting.join()
         adapter_of = self.source.base if self.settings.publish == "adapter" else None
         publication = Publication(
             make, self.probe_ids, probe_logprobs, self._loop, self.config, adapter_of=adapter_of,
@@ -164,8 +169,9 @@ class VllmEngine:
             publication.forget()
             raise
         self._publication = publication
-        if before is not None:
-            before.forget()
+        if before is not None:  # to give so much memory back takes a while, for which nobody waits
+            self._forgetting = threading.Thread(target=before.forget, name="forget")
+            self._forgetting.start()
 
     async def _transports(self) -> dict[Server, str]:
         """How weights get to the servers, as far as that is known of those that start."""
@@ -219,7 +225,8 @@ class VllmEngine:
 
     def _probe(self, variables: Tree) -> list[float]:
         """The trainer's logprobs of the fixed prompt's tokens, after the first."""
-        ids = np.zeros((num_row_shards(self.mesh), PROBE_COLUMNS), np.int32)
+        columns = SPLASH_COLUMNS if self.config.attention == "splash" else PROBE_TOKENS
+        ids = np.zeros((num_row_shards(self.mesh), columns), np.int32)
         ids[:, : len(self.probe_ids)] = self.probe_ids
         with use_mesh(self.mesh):
             logprobs = self._probe_logprobs(variables, put_rows(self.mesh, ids), np.int32(len(self.probe_ids)))

@@ -365,7 +365,7 @@ class Pool:
             else:
                 answer = await client.load(path, manifest, timeout_s=timeout_s)
                 log.info("%s has version %d: %s", server, manifest.version, answer)
-                if answer["whole"] and answer["digest"] == server.live_digest:
+                if answer["digest"] is not None and answer["digest"] == server.live_digest:
                     raise ServerLost(f"version {manifest.version} of the weights left its parameters as they were")
                 server.live_digest = answer["digest"]
         await client.set_version(manifest.label)

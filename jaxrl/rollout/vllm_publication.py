@@ -8,6 +8,7 @@ training has gone on from the arrays that they came from.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,10 @@ import jax
 from ..models.config import ModelConfig
 from ..weights.peft_tree import write_adapter_config
 from ..weights.sync import PIECE, Export, FileSink
+from .protocol import Refused
 from .vllm_pool import Server
+
+_numbers = itertools.count()
 
 
 class Publication:
@@ -34,6 +38,7 @@ class Publication:
         self._make, self._loop, self._config, self._adapter_of = make, loop, config, adapter_of
         self._transports, self._timeout_s = transports, timeout_s
         self._name = f"v{self.manifest.version}"
+        self._folder = f"{self._name}-{next(_numbers)}"  # of its own, also where a version is published again
         self._files: dict[str, FileSink] = {}  # by transport
         self._uploads: dict[asyncio.Event, asyncio.Task[str]] = {}  # by the start of the server that is sent it
 
@@ -42,7 +47,7 @@ class Publication:
         export = self._make()
         try:
             for transport, parent in parents.items():
-                folder = parent / self._name
+                folder = parent / self._folder
                 name = "adapter_model.safetensors" if self.is_adapter else "model.safetensors"
                 self._files[transport] = FileSink(folder / name)
                 if self._adapter_of is not None:
@@ -50,6 +55,11 @@ class Publication:
             for server in servers:
                 self._loop.call_soon_threadsafe(self._upload, server)
             export.send(list(self._files.values()))
+            if export.not_finite:
+                raise Refused(
+                    f"version {self.manifest.version} of the weights has NaN or infinity in {export.not_finite[0]}: training "
+                    "went wrong"
+                )
         except BaseException:
             for file in self._files.values():
                 file.abandon()

@@ -13,6 +13,7 @@ import subprocess
 import uuid
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,13 @@ from .safetensors_writer import dtype_named
 Tree = Any
 Stream = Callable[[], Iterator[tuple[str, np.ndarray]]]
 SPELLINGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+EXPONENTS = {
+    "F32": (np.uint32, np.uint32(0x7F800000)),
+    "F16": (np.uint16, np.uint16(0x7C00)),
+    "BF16": (np.uint16, np.uint16(0x7F80)),
+}
 PIECE = 4 << 20  # bytes that go to the sinks at once
+LOOK = 1 << 18  # bytes that are looked at at once
 
 
 class Sink(Protocol):
@@ -45,17 +52,23 @@ class Export:
         self._tensors = [Tensor(name, shape, SPELLINGS[dtype]) for name, shape in shapes.items()]
         self._stream = stream
         self.manifest = Manifest(run, version, tuple(self._tensors))
+        self.not_finite: list[str] = []  # tensors with NaN or infinity, when all of it has been sent
         self._pieces = self._all_pieces()
 
     def _all_pieces(self) -> Iterator[memoryview]:
         m, done = self.manifest, []
         yield memoryview(encode_header(m.run, m.version, m.tensors))
-        for announced, (name, array) in zip(m.tensors, self._stream(), strict=True):
-            assert (name, array.shape, array.dtype) == (announced.name, announced.shape, self.dtype), name
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            done.append(Tensor(name, announced.shape, announced.dtype, zlib.crc32(data)))
-            for start in range(0, len(data), PIECE):
-                yield data[start : start + PIECE]
+        with ThreadPoolExecutor(1) as beside:  # it looks at a tensor while the sinks write it
+            for announced, (name, array) in zip(m.tensors, self._stream(), strict=True):
+                assert (name, array.shape, array.dtype) == (announced.name, announced.shape, self.dtype), name
+                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+                looked_at = beside.submit(_look_at, data, announced.dtype)
+                for start in range(0, len(data), PIECE):
+                    yield data[start : start + PIECE]
+                crc, is_finite = looked_at.result()
+                done.append(Tensor(name, announced.shape, announced.dtype, crc))
+                if not is_finite:
+                    self.not_finite.append(name)
         self.manifest = Manifest(m.run, m.version, tuple(done))
 
     def send(self, sinks: Sequence[Sink]) -> None:
@@ -67,6 +80,17 @@ class Export:
     def finish(self) -> None:
         """Run through what has not been sent, since other hosts gather it too."""
         self.send([])
+
+
+def _look_at(data: memoryview, dtype: str) -> tuple[int, bool]:
+    """Checksum of a tensor's bytes, and whether all of its numbers are finite: an exponent of ones is NaN or infinity."""
+    word, exponent = EXPONENTS[dtype]
+    crc, is_finite = 0, True
+    for start in range(0, len(data), LOOK):  # what fits a cache: both read it
+        part = data[start : start + LOOK]
+        crc = zlib.crc32(part, crc)
+        is_finite = is_finite and (np.frombuffer(part, word) & exponent).max() < exponent
+    return crc, bool(is_finite)
 
 
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
