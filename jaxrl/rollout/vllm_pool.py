@@ -30,9 +30,7 @@ T = TypeVar("T")
 
 STARTING, SERVING, DRAINING, LOADING, DEAD = "starting", "serving", "draining", "loading", "dead"
 POLL_S = 0.25
-SLOWEST_S = (
-    5.0  # for a token of a response: what takes longer was lost on its way, though its server gives signs of life
-)
+SLOWEST_S = 5.0  # for a token: a response that takes longer was lost on its way, though its server gives signs of life
 OVERBOOKED = 2  # sequences that wait at a server for each that it decodes, so that none of its places stays empty
 
 
@@ -171,9 +169,7 @@ class Pool:
             except ValueError as error:  # what another start will not mend
                 server.reason = str(error)
                 break
-            except (
-                Exception
-            ) as error:  # nobody foresaw it: told, since whoever waits for this server would wait for ever
+            except Exception as error:  # nobody foresaw it; untold, it would leave others waiting for ever
                 server.reason = f"{type(error).__name__}: {error}"
                 break
         await self._give_up(server)
@@ -286,13 +282,13 @@ class Pool:
 
         Raises Refused where a server does not take them; the weights before go on answering, on all of them.
         """
-        before, self.current = self.current, publication
-        for server in self.servers:
-            if server.state == DEAD and server.process is None:  # whoever started it may have started it again
-                server.failures = 0
-                await self._set(server, STARTING)
-                self._spawn(self._bring_up(server))
         async with self._installing:
+            before, self.current = self.current, publication
+            for server in self.servers:
+                if server.state == DEAD and server.process is None:  # whoever started it may have started it again
+                    server.failures = 0
+                    await self._set(server, STARTING)
+                    self._spawn(self._bring_up(server))
             # What is uploaded is there before a server stops to answer.
             await asyncio.gather(*(self._bring(server) for server in self.servers if server.state == SERVING))
             serving = [server for server in self.servers if server.state == SERVING]

@@ -93,7 +93,7 @@ class Publication:
         return await client.upload(f"{self._name}/{file.path.name}", file.follow(PIECE), timeout_s=self._timeout_s)
 
     def forget(self) -> None:
-        for upload in self._uploads.values():
+        for upload in list(self._uploads.values()):
             self._loop.call_soon_threadsafe(upload.cancel)
         for file in self._files.values():
             shutil.rmtree(file.path.parent, ignore_errors=True)
