@@ -100,6 +100,8 @@ class Doctor:
             top_k=r.top_k,
             top_p=r.top_p,
             stop_ids=stop_ids,
+            stop=r.stop,
+            bad_words=r.bad_words,
         )
 
     def examine(self, variables: Tree, *, before: Tree | None = None) -> Diagnosis:

@@ -35,7 +35,7 @@ from jaxrl.rollout.jax_engine import JaxEngine
 from jaxrl.rollout.vllm_engine import VllmEngine
 from jaxrl.weights.locate import resolve
 from jaxrl.weights.pretrained import open_pretrained
-from jaxrl.weights.sync import model_export
+from jaxrl.weights.sync import Export, model_export
 
 
 def main() -> None:
@@ -102,8 +102,10 @@ def main() -> None:
 
 
 def publish(a: argparse.Namespace, engines: dict[str, VllmEngine], params: Any, config: Any) -> None:
-    export = model_export("benchmark", 0, {"params": params}, config, a.dtype)
-    num_bytes = export.manifest.nbytes
+    def export() -> Export:
+        return model_export("benchmark", 0, {"params": params}, config, a.dtype)
+
+    num_bytes = export().manifest.nbytes
     seconds: dict[str, list[float]] = {name: [] for name in (*engines, "copy in memory", "export alone")}
     origin, target = np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)
     for i in range(1, a.rounds + 2):
@@ -111,7 +113,7 @@ def publish(a: argparse.Namespace, engines: dict[str, VllmEngine], params: Any, 
             weights = jax.block_until_ready(jax.tree.map(lambda x, i=i: x * (1 + 1e-4 * i), params))
             seconds[name].append(timed(lambda e=engine, w=weights, i=i: e.update_weights({"params": w}, i)))
         seconds["copy in memory"].append(timed(lambda: np.copyto(target, origin)))
-        seconds["export alone"].append(timed(lambda: export.send([])))
+        seconds["export alone"].append(timed(lambda: export().send([])))
     print(f"publish {a.model}, {a.dtype}: {num_bytes / 1e6:.0f} MB, median of {a.rounds} after one that is discarded")
     copy = median(seconds["copy in memory"][1:])
     for name, times in seconds.items():

@@ -6,10 +6,12 @@ is 0 where they agree.
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 
 from jaxrl import config
+from jaxrl.rollout.engine import EngineLost
 
 
 def main() -> None:
@@ -17,16 +19,20 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values that replace those of the file")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="jaxrl-doctor-") as folder:
-        try:
-            overrides = [f"trainer.run_dir={folder}/run", "trainer.resume_mode=disable", "rollout.max_probs_diff=null"]
-            c = config.load(args.config, [*args.overrides, *overrides])
-            from jaxrl.trainer import Trainer  # JAX starts only once the config holds together
+    folder, named = tempfile.mkdtemp(prefix="jaxrl-doctor-"), False
+    try:
+        overrides = [f"trainer.run_dir={folder}/run", "trainer.resume_mode=disable", "rollout.max_probs_diff=null"]
+        c = config.load(args.config, [*args.overrides, *overrides])
+        from jaxrl.trainer import Trainer  # JAX starts only once the config holds together
 
-            trainer = Trainer(c)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-        sys.exit(0 if examine(trainer) else 1)
+        agree = examine(Trainer(c))
+    except (ValueError, EngineLost) as error:
+        named = folder in str(error)  # the log of a server, which is then left for who reads this
+        sys.exit(f"error: {error}")
+    finally:
+        if not named:
+            shutil.rmtree(folder)
+    sys.exit(0 if agree else 1)
 
 
 def examine(trainer) -> bool:

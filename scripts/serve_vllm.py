@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ def main() -> int:
     )
     parser.add_argument("--args", type=json.loads, default={}, help='more of vLLM\'s, {"tensor_parallel_size": 2}')
     parser.add_argument("--folder", type=Path, help="for the log; default: a new temporary one")
+    parser.add_argument("--start-timeout-s", type=float, default=600.0, help="for so long it is waited for")
     a = parser.parse_args()
     if not (Path(a.model) / "config.json").is_file():
         parser.error(f"{a.model} holds no config.json: name a Hugging Face folder")
@@ -57,15 +59,13 @@ def main() -> int:
     try:
         server.start()
         print(f"starting; the log is {server.log}", flush=True)
-        info = _wait(server, key)
+        info = _wait(server, key, a.start_timeout_s)
         if warning := untried(info["vllm"]):
             print(warning, file=sys.stderr)
         if "VLLM_API_KEY" not in os.environ:
             print(f"its key, for trainers: export VLLM_API_KEY={key}")
-        print(
-            f"ready: rollout.vllm.urls=[http://{a.host}:{server.port}] ({info['dtype']}, vLLM {info['vllm']})",
-            flush=True,
-        )
+        url = server.url_for(socket.gethostname())
+        print(f"ready: rollout.vllm.urls=[{url}] ({info['dtype']}, vLLM {info['vllm']})", flush=True)
         while (ended := server.ended()) is None:
             time.sleep(1.0)
         print(f"error: {ended}", file=sys.stderr)
@@ -79,8 +79,9 @@ def main() -> int:
         server.end()
 
 
-def _wait(server: ServerProcess, key: str) -> dict[str, str]:
+def _wait(server: ServerProcess, key: str, timeout_s: float) -> dict[str, str]:
     """What the server says of itself, as soon as it answers."""
+    deadline = time.monotonic() + timeout_s
     request = urllib.request.Request(server.url + INFO, headers={"Authorization": f"Bearer {key}"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
@@ -89,7 +90,11 @@ def _wait(server: ServerProcess, key: str) -> dict[str, str]:
         try:
             with opener.open(request, timeout=10.0) as reply:
                 return json.load(reply)
-        except (urllib.error.URLError, OSError):
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"it was waited for {timeout_s:.0f} s (--start-timeout-s) to start, and {error}; its log is {server.log}"
+                ) from None
             time.sleep(0.5)
 
 

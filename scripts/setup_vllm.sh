@@ -5,7 +5,8 @@
 #
 # --cpu (the default where there is no nvidia-smi) installs scripts/vllm/requirements-cpu.txt; --cuda the plain `vllm`
 # of scripts/vllm/requirements-cuda.txt. Checks it by importing it, and prints the path for `rollout.vllm.python` as its
-# last line. An environment that was made from the same file is left as it is. PYTHON names the interpreter to use.
+# last line. An environment that was made from the same file is left as it is, one of another file is made anew, and a
+# folder that holds anything else is refused. PYTHON names the interpreter to use.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 kind=cpu
@@ -25,11 +26,18 @@ if [[ -z "$folder" ]]; then
 fi
 pins="$here/vllm/requirements-$kind.txt"
 stamp="$folder/jaxrl-vllm.stamp"
+mark="$folder/jaxrl-vllm.environment"  # there from the first moment on, also when an installation was broken off
 python="${PYTHON:-python3}"
 wanted="$(sha256sum < "$pins" | cut -d' ' -f1) $("$python" --version)"
 if [[ ! -x "$folder/bin/python" || "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]]; then
+    if [[ -e "$folder" && ! -e "$mark" && ! -e "$stamp" && ( ! -d "$folder" || -n "$(ls -A "$folder")" ) ]]; then
+        echo "setup_vllm.sh: $folder holds something that this script did not make, and making an environment would erase" \
+            "it: name a new folder" >&2
+        exit 2
+    fi
     rm -f "$stamp"
     "$python" -m venv --clear "$folder"
+    touch "$mark"
     # The CPU file lists every package, so nothing is resolved: a resolver would bring builds for CUDA that break it.
     resolve=()
     [[ "$kind" == cpu ]] && resolve=(--no-deps)

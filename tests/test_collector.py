@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from test_trainer import model, run, settings  # noqa: F401 (fixtures)
+from vllm_stub import Stub
 
 from jaxrl.config import from_dict
+from jaxrl.rollout.vllm_adapter import GENERATE
 from jaxrl.trainer import Trainer
 
 # Whatever is said to a prompt of the first kind earns the same.
@@ -56,3 +58,33 @@ def test_what_never_fills_a_step_is_said(filtered):
         Trainer(from_dict(filtered("unknown", 0, metric="ac"))).fit()
     with pytest.raises(ValueError, match="filter_groups compares the responses of a group: set rollout.n above 1"):
         from_dict(filtered("alone", 0) | {"rollout": {"n": 1}})
+
+
+def test_the_texts_of_the_config_that_end_a_response_or_must_not_come_reach_vllm(settings):  # noqa: F811
+    stub, asked = Stub(), []
+
+    def generate(message):
+        asked.append(message["sampling_params"])
+        return stub.usual(GENERATE, message)
+
+    stub.answers[GENERATE] = generate
+    tree = settings("texts", data__val_files=None, algorithm__adv_estimator="remax", trainer__total_training_steps=1)
+    vllm = {"engine": "vllm", "vllm": {"urls": [stub.url], "probe_tolerance": 1e3}}
+    tree["rollout"] |= {"stop": ["12", "="], "bad_words": ["7"], **vllm}
+    try:
+        Trainer(from_dict(tree)).fit()
+    finally:
+        stub.close()
+    asked = [params for params in asked if "prompt_logprobs" not in params]
+    assert {params["temperature"] for params in asked} == {0.0, 1.0}  # the baselines end in the same way
+    for params in asked:
+        assert (params["stop"], params["bad_words"]) == (["12", "="], ["7"])
+        assert params["include_stop_str_in_output"] and params["detokenize"]
+
+
+def test_texts_that_the_jax_engine_does_not_know_are_refused(settings):  # noqa: F811
+    for name in ("stop", "bad_words"):
+        tree = settings("texts")
+        tree["rollout"][name] = ["x"]
+        with pytest.raises(ValueError, match=rf"rollout.{name} \['x'\]: the jax engine knows tokens and no texts, set"):
+            from_dict(tree)

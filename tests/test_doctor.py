@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from test_trainer import model, settings, settings_in  # noqa: F401 (fixtures)
+from vllm_stub import Stub
 
 from jaxrl.config import from_dict
 from jaxrl.doctor import perturbed
 from jaxrl.rollout.jax_engine import JaxEngine
+from jaxrl.rollout.vllm_adapter import INFO
 from jaxrl.trainer import Trainer
 from jaxrl.update import merge
 
@@ -160,3 +163,40 @@ def test_the_script_says_that_all_is_well_and_leaves_nothing(settings, tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("The engine and the trainer agree.") == 2 and "After an update" in run.stdout
     assert not (tmp_path / "script").exists()
+
+
+def broken_python(folder: Path, last_words: str) -> str:
+    path = folder / f"python {last_words[:5]}"
+    path.write_text(f'#!/bin/sh\necho "{last_words}" >&2\nexit 1\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("fault", ["no vLLM", "unknown model", "port in use", "wrong key"])
+def test_a_server_that_cannot_be_used_is_said_in_one_sentence(settings, tmp_path, monkeypatch, fault):  # noqa: F811
+    stub = Stub()
+    stub.answers[INFO] = lambda _: (401, {})
+    monkeypatch.setenv("VLLM_API_KEY", "wrong")
+    vllm, words = {
+        "no vLLM": ({"python": sys.executable}, "vLLM server 0: it did not start: its Python has no vLLM: make"),
+        "unknown model": (
+            {"python": broken_python(tmp_path, "Model architectures ['Foo'] are not supported")},
+            r"vLLM server 0: it did not start: this vLLM does not know the model's architecture \['Foo'\]",
+        ),
+        "port in use": (
+            {"python": broken_python(tmp_path, "OSError: [Errno 98] Address already in use")},
+            "vLLM server 0: it did not start: its port is in use",
+        ),
+        "wrong key": ({"urls": [stub.url]}, f"vLLM server {stub.url}: {stub.url} refuses the API key: set the environment"),
+    }[fault]  # fmt: skip
+    path = tmp_path / "config.json"
+    tree = settings("script", data__val_files=None, algorithm__adv_estimator="grpo")
+    path.write_text(json.dumps(tree | {"rollout": tree["rollout"] | {"engine": "vllm", "vllm": vllm}}))
+    monkeypatch.setattr(sys, "argv", ["doctor.py", "--config", str(path)])
+    try:
+        with pytest.raises(SystemExit, match=f"^error: {words}") as end:
+            runpy.run_path(str(ROOT / "scripts" / "doctor.py"), run_name="__main__")
+        assert "\n" not in str(end.value)
+        assert "its log is" not in str(end.value) or Path(str(end.value).rpartition("its log is ")[2]).exists()
+    finally:
+        stub.close()

@@ -335,6 +335,28 @@ def test_a_server_that_is_not_there_is_dropped_and_the_others_go_on(url, served_
         served.engine.close()
 
 
+def test_weights_on_a_shared_disk_are_read_from_there_and_go_at_the_end(url, served_models, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    source, shared = open_pretrained(served_models["untied"]), tmp_path / "shared"
+    served = opened(source, tmp_path / "run", urls=(url,), transport="file", file_dir=str(shared))
+    try:
+        prompts, sampling = [prompt_of([3, 5, 7])], Sampling(max_tokens=8, n=2)
+        for version in range(2):
+            params = changed(served.params, version)
+            served.engine.update_weights({"params": params}, version)
+            rollouts = served.engine.generate(prompts, sampling, seed=0)
+            assert {r.weights_version for r in rollouts} == {version}
+            expected = logprobs_by_transformers(served, params, tmp_path / "hf", rollouts, prompts)
+            for r, logprobs in zip(rollouts, expected, strict=True):
+                np.testing.assert_allclose(r.logprobs, logprobs, atol=1e-3)
+        assert (served.engine.pool.loads, served.engine.pool.restarts) == (2, 0)
+        served.engine._forgetting.join()
+        assert [path.name.partition("-")[0] for path in shared.glob("*/*")] == ["v1"]
+    finally:
+        served.engine.close()
+    assert not list(shared.iterdir())
+
+
 def test_prompts_that_fill_more_than_one_step_of_the_server_are_read_whole(vllm_python, served_models, tmp_path):
     # Of 256 tokens a step the third prompt would be cut, which ends vLLM's engine on a CPU: its draws are seeded.
     source = open_pretrained(served_models["tied"])
@@ -378,6 +400,27 @@ def test_adapters_alone_go_to_a_server_that_holds_the_base(vllm_python, served_m
                 assert a.weights_version == version
             texts.add(tuple(a.token_ids))
         assert len(texts) == 3
+    finally:
+        engine.close()
+
+
+def test_merged_adapters_are_published_without_a_restart(vllm_python, served_models, tmp_path):
+    # They change nothing but packed weights, which no look at live parameters sees on a CPU.
+    source, mesh = open_pretrained(served_models["tied"]), make_mesh(1, 1, 1)
+    plain = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
+    config = dataclasses.replace(plain, lora_rank=4, lora_alpha=8.0, lora_targets=("q_proj", "down_proj"))
+    params = load_base(source, plain, abstract_variables(mesh, plain, "lm"))
+    lora = init_params(config, "lm", jax.random.key(0))["lora"]
+    settings = VllmSection(python=vllm_python, env=ENV)
+    engine = VllmEngine(config, mesh, settings, source=source, folder=tmp_path, max_model_len=256, max_num_seqs=16)
+    try:
+        for version in range(3):
+            engine.update_weights(
+                {"params": params, "lora": jax.tree.map(lambda x, v=version: x + 0.1 * v, lora)}, version
+            )
+            rollouts = engine.generate([prompt_of([3, 5, 7])], Sampling(max_tokens=8, n=2), seed=0)
+            assert {r.weights_version for r in rollouts} == {version}
+        assert (engine.pool.restarts, engine.pool.loads) == (0, 3)
     finally:
         engine.close()
 

@@ -4,29 +4,35 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from vllm_stub import stub_python
 
 from jaxrl.config import from_dict
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import init_params
 from jaxrl.rollout.engine import Sampling
 from jaxrl.rollout.protocol import Manifest, Refused, check_export, read_layout
-from jaxrl.rollout.vllm_adapter import ServerSpec, command, explain, untried
+from jaxrl.rollout.vllm_adapter import ServerSpec, command, environment, explain, untried
 from jaxrl.rollout.vllm_process import ServerProcess
 from jaxrl.rollout.vllm_server import shared_memory, unlink
 from jaxrl.weights.export import hf_tensors
 from jaxrl.weights.folder import load_hf_config
+from jaxrl.weights.safetensors_writer import dtype_named
 from jaxrl.weights.sync import Export, FileSink, SharedFolder, adapter_export, model_export, model_shapes
 
+ROOT = Path(__file__).parents[1]
 MODEL = Path(__file__).parent / "data" / "hf_torch" / "llama32-tied"
 
 
@@ -93,6 +99,20 @@ def test_a_stream_that_a_sink_breaks_off_is_run_through_to_its_end(model):
 def sent(export: Export) -> Export:
     export.send([])
     return export
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_export_tells_which_tensors_are_not_finite(dtype):
+    numbers = np.ones((4, 70_000), np.float32).astype(dtype_named(dtype))  # more than is looked at at once
+    tensors = {"fine": numbers, "largest": np.full(3, jnp.finfo(dtype).max, numbers.dtype)}
+    for name, wrong in (("nan", np.nan), ("inf", np.inf), ("minus", -np.inf)):
+        tensors[name] = numbers.copy()
+        tensors[name][-1, -1] = wrong
+    export = sent(
+        Export("run", 0, {name: x.shape for name, x in tensors.items()}, dtype, lambda: iter(tensors.items()))
+    )
+    assert export.not_finite == ["nan", "inf", "minus"]
+    assert [t.crc32 for t in export.manifest.tensors] == [zlib.crc32(x.tobytes()) for x in tensors.values()]
 
 
 def test_adapters_alone_are_an_export_under_peft_names(model, tmp_path):
@@ -183,6 +203,15 @@ def test_the_command_line_has_the_users_arguments_last(tmp_path):
     assert "--load-format dummy" in line and "--dtype bfloat16" in line and "--skip-tokenizer-init" in line
 
 
+def test_a_server_on_the_trainers_cores_does_not_spin(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    spec = ServerSpec("model", "127.0.0.1", 1, "log")
+    assert environment(spec, "cpu")["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_WAIT_POLICY" not in environment(spec, "cuda")
+    own = dataclasses.replace(spec, env={"OMP_WAIT_POLICY": "ACTIVE"})
+    assert environment(own, "cpu")["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -221,6 +250,8 @@ def test_a_python_that_is_not_there_or_has_no_vllm_is_said(tmp_path):
         ValueError, match="rollout.vllm.python /nowhere/python is not there: `scripts/setup_vllm.sh DIR`"
     ):
         started("/nowhere/python", tmp_path)
+    with pytest.raises(ValueError, match=f"rollout.vllm.python {tmp_path} is no program"):
+        started(str(tmp_path), tmp_path)
     reason = ended(started(sys.executable, tmp_path))
     assert reason.startswith("its Python has no vLLM: make an environment with scripts/setup_vllm.sh")
     assert str(tmp_path / "server.log") in reason
@@ -269,12 +300,18 @@ def test_shared_memory_of_a_dead_server_is_its_own_and_not_the_export_that_it_ha
     "vllm, words",
     [
         ({}, "either rollout.vllm.python, .* or rollout.vllm.urls"),
-        ({"python": "p", "urls": ["u"]}, "either rollout.vllm.python, .* or rollout.vllm.urls"),
+        ({"python": "p", "urls": ["http://h:1"]}, "either rollout.vllm.python, .* or rollout.vllm.urls"),
         ({"python": "p", "devices": ["0", "1"]}, "names the devices of 2 servers, and rollout.vllm.num_servers is 1"),
         ({"python": "p", "transport": "file"}, "transport file and rollout.vllm.file_dir belong together"),
         ({"python": "p", "publish": "adapter"}, "publish adapter needs adapters: set model.lora_rank"),
         ({"python": "p", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization 1.5 is a share"),
         ({"python": "p", "stall_timeout_s": 0}, "stall_timeout_s is 0.0 and must be above 0"),
+        (
+            {"urls": ["http://h:80OO"]},
+            "rollout.vllm.urls has 'http://h:80OO', which is no address of a server: write http://",
+        ),
+        ({"urls": ["h:8000"]}, "rollout.vllm.urls has 'h:8000', which is no address"),
+        ({"python": "p", "args": {"port": 8000}}, "rollout.vllm.args sets port, which the trainer sets itself"),
         ({"python": "p", "dtype": "fp8"}, "rollout.vllm.dtype is 'fp8' and must be one of auto"),
     ],
 )
@@ -285,3 +322,39 @@ def test_settings_of_the_sidecar_that_do_not_fit_together_are_refused(vllm, word
     }  # fmt: skip
     with pytest.raises(ValueError, match=words):
         from_dict(tree)
+
+
+def test_setup_refuses_a_folder_that_it_did_not_make_and_leaves_it_as_it_is(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    command = ["bash", str(ROOT / "scripts" / "setup_vllm.sh"), "--cpu", str(tmp_path)]
+    # An interpreter that makes nothing: were the folder not refused, the test would not install vLLM.
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": "true"})
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
+    assert f"{tmp_path} holds something that this script did not make" in run.stderr
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def serving(python: str, folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "scripts" / "serve_vllm.py"), str(MODEL), "--port", "0"]
+    command += ["--python", python, "--folder", str(folder), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_server_for_other_hosts_says_under_which_name_they_find_it(tmp_path):
+    with serving(stub_python(tmp_path), tmp_path / "log", "--host", "0.0.0.0") as server:
+        assert server.stdout is not None
+        ready = next(line for line in server.stdout if line.startswith("ready"))
+        server.terminate()
+    assert f"rollout.vllm.urls=[http://{socket.gethostname()}:" in ready
+
+
+def test_a_server_that_does_not_start_is_waited_for_no_longer_than_was_said(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nread -r line\n")  # until its standard input ends
+    python.chmod(0o755)
+    with serving(str(python), tmp_path / "log", "--start-timeout-s", "1") as server:
+        _, error = server.communicate(timeout=60)
+    assert server.returncode == 2
+    assert (
+        error.startswith("error: it was waited for 1 s (--start-timeout-s) to start, and ") and error.count("\n") == 1
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
-from .settings import LORA_TARGETS, Config
+from .settings import LORA_TARGETS, Config, VllmSection
 
 # The names that a setting may have. Tables of functions (advantages, losses, ...) are asked by the trainer at its start:
 # they live with JAX, which a config does not start.
@@ -104,6 +105,7 @@ def check(c: Config) -> None:
             _check_range(f"{role}.optim.betas", beta, BELOW_ONE)
     if c.rollout.engine == "vllm":
         _check_vllm(c)
+    _check_texts(c)
     _check_placement(c)
     if c.data.train_batch_size % c.actor.ppo_mini_batch_size:
         raise ValueError(
@@ -203,6 +205,7 @@ def _check_vllm(c: Config) -> None:
             "rollout.engine vllm needs either rollout.vllm.python, the environment that `scripts/setup_vllm.sh DIR` "
             "makes, or rollout.vllm.urls, servers that scripts/serve_vllm.py started"
         )
+    _check_vllm_places(v)
     if v.devices and len(v.devices) != v.num_servers:
         raise ValueError(
             f"rollout.vllm.devices names the devices of {len(v.devices)} servers, and rollout.vllm.num_servers is "
@@ -216,6 +219,29 @@ def _check_vllm(c: Config) -> None:
         raise ValueError(
             f"rollout.vllm.gpu_memory_utilization {v.gpu_memory_utilization} is a share: above 0, at most 1"
         )
+
+
+def _check_vllm_places(v: VllmSection) -> None:
+    for url in v.urls:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
+        except ValueError:  # its port is no number
+            good = False
+        if not good:
+            raise ValueError(f"rollout.vllm.urls has {url!r}, which is no address of a server: write http://HOST:PORT")
+    if taken := sorted({"host", "port", "model", "served_model_name"} & {name.replace("-", "_") for name in v.args}):
+        raise ValueError(f"rollout.vllm.args sets {taken[0]}, which the trainer sets itself: leave it out")
+
+
+def _check_texts(c: Config) -> None:
+    for key, texts in (("rollout.stop", c.rollout.stop), ("rollout.bad_words", c.rollout.bad_words)):
+        if texts and c.rollout.engine == "jax":
+            raise ValueError(
+                f"{key} {list(texts)}: the jax engine knows tokens and no texts, set rollout.engine to vllm"
+            )
+        if "" in texts:
+            raise ValueError(f"{key} {list(texts)} has an empty text: leave it out")
 
 
 def _check_sampling(c: Config) -> None:

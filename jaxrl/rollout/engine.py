@@ -76,6 +76,10 @@ def check_prompt(prompt: Prompt, max_tokens: int, *, context: int, vocab_size: i
         )
 
 
+class EngineLost(RuntimeError):
+    """The engine cannot go on, for a reason that lies outside of this program: the message says it."""
+
+
 class Engine(Protocol):
     def update_weights(self, variables: Any, version: int) -> None:
         """Answer with these weights from now on."""

@@ -7,6 +7,7 @@ A server that does not answer, answers late or answers nonsense raises `ServerLo
 from __future__ import annotations
 
 import posixpath
+import socket
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -36,22 +37,37 @@ class ServerLost(RuntimeError):
     """A server that cannot be relied on any more; the message says why."""
 
 
+# A connection that was dropped without a word, as routers do with quiet ones, is noticed after two minutes.
+KEEP_ALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+]
+
+
 class Client:
-    """`timeout_s` is for what is quick; generating has no limit of its own, because the engine watches the server."""
+    """`timeout_s` is for what is quick."""
 
     def __init__(self, url: str, api_key: str, *, timeout_s: float):
         self.url, self.timeout_s = url, timeout_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # The server closes what was idle for 5 seconds: before that, so that no request meets a closed connection.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, limits=limits, trust_env=False)
+        transport = httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEP_ALIVE)
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, transport=transport, trust_env=False)
 
     async def close(self) -> None:
         await self._http.aclose()
 
     async def info(self) -> dict[str, Any]:
         """Version of vLLM, device, dtype and model of the server."""
-        return await self._send("GET", INFO, what="the first answer", timeout_s=5.0)
+        info = await self._send("GET", INFO, what="the first answer", timeout_s=5.0)
+        if not {"vllm", "device", "dtype", "model"} <= info.keys():
+            raise ValueError(
+                f"{self.url} is no server that scripts/serve_vllm.py started: it answers with something else"
+            )
+        return info
 
     async def sees(self, path: str) -> bool:
         return (await self._send("GET", f"{SEES}?{path}", what="a look at a file"))["sees"]
@@ -60,10 +76,11 @@ class Client:
         await self._rpc("jaxrl_ping", what="a sign of life", timeout_s=None)
 
     async def generate(
-        self, token_ids: Sequence[int], sampling: Sampling, *, n: int, max_tokens: int, seed: int, adapter: bool
-    ) -> list[Answer]:
+        self, token_ids: Sequence[int], sampling: Sampling, *, n: int, max_tokens: int, seed: int, adapter: bool,
+        timeout_s: float,
+    ) -> list[Answer]:  # fmt: skip
         message = generate_message(token_ids, sampling, n=n, max_tokens=max_tokens, seed=seed, adapter=adapter)
-        answer = await self._send("POST", GENERATE, message, what="a response", timeout_s=None)
+        answer = await self._send("POST", GENERATE, message, what="a response", timeout_s=timeout_s)
         try:
             return read_answers(answer, n)
         except (KeyError, TypeError, ValueError) as error:

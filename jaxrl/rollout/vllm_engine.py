@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import os
 import secrets
+import shutil
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -33,13 +34,14 @@ from ..weights.pretrained import Pretrained
 from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
 from .engine import Report, Sampling, check_prompt
 from .vllm_adapter import ServerSpec
+from .vllm_client import ServerLost
 from .vllm_pool import DEAD, STARTING, Job, Pool, Server
 from .vllm_process import ServerProcess
 from .vllm_publication import Publication
 
 Tree = Any
 T = TypeVar("T")
-PROBE_TOKENS, PROBE_COLUMNS = 32, 128  # columns: what every attention kernel can take
+PROBE_TOKENS, SPLASH_COLUMNS = 32, 128  # columns: what the TPU's attention kernel wants
 
 
 class VllmEngine:
@@ -51,10 +53,12 @@ class VllmEngine:
     ):  # fmt: skip
         self.config, self.mesh, self.settings, self.source = config, mesh, settings, source
         self.max_model_len = max_model_len
+        self.folder = folder
         self.run = secrets.token_hex(6)
         self.version = -1
         self._link = Link() if link is None else link
         self._publication: Publication | None = None
+        self._forgetting: threading.Thread | None = None  # the publication before
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
         num = min(PROBE_TOKENS, max_model_len - 1)
         self.probe_ids = np.random.default_rng(0).integers(0, config.vocab_size, num).tolist()
@@ -96,8 +100,7 @@ class VllmEngine:
     def update_weights(self, variables: Tree, version: int) -> None:
         """Publish these weights as `version`: every server that serves has them when this returns.
 
-        Raises ValueError where a server refuses them (those before go on answering), RuntimeError where no server is
-        left.
+        Raises ValueError where a server refuses them (those before go on answering), EngineLost where no server is left.
         """
         info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
         if self.settings.publish == "adapter":
@@ -105,7 +108,8 @@ class VllmEngine:
         else:
             make = partial(model_export, self.run, version, variables, self.config, info["dtype"])
         probe_logprobs = self._probe(variables)
-        self._link.first("how the weights travel", self._choose_ways)  # what is refused is, before the hosts gather
+        # What is refused is, before the hosts gather.
+        self._link.first("how the weights travel", lambda: self._choose_ways(make().manifest.nbytes))
         if not self._link.is_first:
             make().finish()  # takes part in the gathering
         self._link.first(f"version {version} of the weights", lambda: self._publish(make, probe_logprobs))
@@ -126,42 +130,61 @@ class VllmEngine:
     def close(self) -> None:
         if not self._link.is_first or self._loop.is_closed():
             return
+        if self._forgetting is not None:
+            self._forgetting.join()
         self._call(self.pool.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
         if self._shared is not None:
             self._shared.close()
+        for name in {"disk", self.settings.transport} & {"disk", "file"}:
+            shutil.rmtree(self._parent(name), ignore_errors=True)
 
     # What they are made of.
 
-    def _choose_ways(self) -> None:
-        """To whom the next version is uploaded, and in which folders it is written for the others."""
+    def _choose_ways(self, num_bytes: int) -> None:
+        """In which folders the next version is written, and to whom it is uploaded from there."""
         transports = self._call(self._transports())
-        self._uploads = [server for server, name in transports.items() if name == "http"]
-        self._folders = {name: self._parent(name) for name in set(transports.values()) - {"http"}}
+        self._uploads = [s for s, name in transports.items() if name == "http" and s.state != STARTING]
+        names = set(transports.values()) - {"http"}
+        if not names:  # for uploads alone: in memory where two versions have room, else on the disk of the run
+            has_room = os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2 * num_bytes
+            names = {"shm" if has_room else "disk"}
+        self._folders = {name: self._parent(name) for name in names}
 
     def _publish(self, make: Callable[[], Export], probe_logprobs: list[float]) -> None:
         before = self._publication
+        if self._forgetting is not None:
+            self._forgetting.join()
         adapter_of = self.source.base if self.settings.publish == "adapter" else None
         publication = Publication(
             make, self.probe_ids, probe_logprobs, self._loop, self.config, adapter_of=adapter_of,
             transports=self._transport, timeout_s=self.settings.load_timeout_s,
         )  # fmt: skip
         try:
-            publication.send(self._uploads, self._folders)
+            publication.send(self._folders, self._uploads)
             self._call(self.pool.install(publication))
         except BaseException:
             publication.forget()
             raise
         self._publication = publication
-        if before is not None:
-            before.forget()
+        if before is not None:  # to give so much memory back takes a while, for which nobody waits
+            self._forgetting = threading.Thread(target=before.forget, name="forget")
+            self._forgetting.start()
 
     async def _transports(self) -> dict[Server, str]:
-        """How weights get to the servers that have them or wait for them."""
-        ready = [server for server in self.pool.servers if server.state not in (STARTING, DEAD)]
-        return {server: await self._transport(server) for server in ready}
+        """How weights get to the servers, as far as that is known of those that start."""
+        found = {}
+        for server in [server for server in self.pool.servers if server.state != DEAD]:
+            if server.state == STARTING and server.process is None and self.settings.transport == "auto":
+                continue  # it cannot be asked yet
+            gone = server.gone
+            try:
+                found[server] = await self._transport(server)
+            except (ServerLost, ValueError) as error:
+                await self.pool.lost(server, gone, str(error))
+        return found
 
     async def _transport(self, server: Server) -> str:
         """As set, else shared memory where the server sees ours, else HTTP."""
@@ -178,6 +201,8 @@ class VllmEngine:
             if self._shared is None:
                 self._shared = SharedFolder()
             return self._shared.path
+        if transport == "disk":
+            return self.folder / "published"
         assert self.settings.file_dir is not None
         return Path(self.settings.file_dir) / f"jaxrl-{self.run}"
 
@@ -200,7 +225,8 @@ class VllmEngine:
 
     def _probe(self, variables: Tree) -> list[float]:
         """The trainer's logprobs of the fixed prompt's tokens, after the first."""
-        ids = np.zeros((num_row_shards(self.mesh), PROBE_COLUMNS), np.int32)
+        columns = SPLASH_COLUMNS if self.config.attention == "splash" else PROBE_TOKENS
+        ids = np.zeros((num_row_shards(self.mesh), columns), np.int32)
         ids[:, : len(self.probe_ids)] = self.probe_ids
         with use_mesh(self.mesh):
             logprobs = self._probe_logprobs(variables, put_rows(self.mesh, ids), np.int32(len(self.probe_ids)))

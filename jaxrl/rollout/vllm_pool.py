@@ -5,7 +5,8 @@ A server is STARTING (until it has the current weights), SERVING, DRAINING (it a
 weights come, and is asked no more), LOADING them, or DEAD (given up). It is lost when its process ends, a request
 breaks, an answer makes no sense, or it gives no sign of life; it is then started again with the weights of now, and
 what it had not answered is asked anew, so that every prompt is answered once. A server that fails `max_restarts` times
-in a row is dropped; when none is left the run ends, with the reason.
+in a row is dropped (one that is named by its URL is tried again with the next weights); when none is left the run ends,
+with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ..config import VllmSection
-from .engine import Report, Sampling
+from .engine import EngineLost, Report, Sampling
 from .protocol import Manifest, Refused
 from .vllm_adapter import Answer, untried
 from .vllm_client import Client, ServerLost
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 STARTING, SERVING, DRAINING, LOADING, DEAD = "starting", "serving", "draining", "loading", "dead"
 POLL_S = 0.25
+SLOWEST_S = 5.0  # for a token: a response that takes longer was lost on its way, though its server gives signs of life
 OVERBOOKED = 2  # sequences that wait at a server for each that it decodes, so that none of its places stays empty
 
 
@@ -85,6 +87,7 @@ class Pool:
         self.current: Publication | None = None
         self.restarts = self.loads = 0
         self._changed = asyncio.Condition()
+        self._installing = asyncio.Lock()  # until it is known whether the servers take the weights
         self._tasks: set[asyncio.Task] = set()
 
     # Life and death.
@@ -108,7 +111,7 @@ class Pool:
         """What the first server that has started says of itself. Raises ValueError where none can be started."""
         try:
             await self._until(lambda: any(server.info for server in self.servers))
-        except RuntimeError as error:
+        except EngineLost as error:
             raise ValueError(str(error)) from None
         return next(server.info for server in self.servers if server.info)
 
@@ -133,9 +136,9 @@ class Pool:
         async with self._changed:
             await self._changed.wait_for(lambda: condition() or all(s.state == DEAD for s in self.servers))
         if not condition():
-            raise RuntimeError("; ".join(f"{server}: {server.reason}" for server in self.servers))
+            raise EngineLost("; ".join(f"{server}: {server.reason}" for server in self.servers))
 
-    async def _lost(self, server: Server, gone: asyncio.Event, reason: str) -> None:
+    async def lost(self, server: Server, gone: asyncio.Event, reason: str) -> None:
         """Start a server again, once for all who saw it fail. `gone` tells of which start they speak."""
         if gone is not server.gone or gone.is_set() or server.state == DEAD:
             return
@@ -157,8 +160,7 @@ class Pool:
             try:
                 await self._start(server)
                 while not await self._serves(server):
-                    assert self.current is not None
-                    await self._load(server, self.current)
+                    await self._catch_up(server)
                 return
             except ServerLost as lost:
                 failed = True
@@ -167,15 +169,34 @@ class Pool:
             except ValueError as error:  # what another start will not mend
                 server.reason = str(error)
                 break
+            except Exception as error:  # nobody foresaw it; untold, it would leave others waiting for ever
+                server.reason = f"{type(error).__name__}: {error}"
+                break
+        await self._give_up(server)
+
+    async def _give_up(self, server: Server) -> None:
         if server.process is not None and (why := server.process.explained()) and why not in server.reason:
             server.reason += f" ({why})"
         if server.process is not None and str(server.process.log) not in server.reason:
             server.reason += f"; its log is {server.process.log}"
-        await self._end(server)
         if any(other is not server and other.state != DEAD for other in self.servers):
             log.warning("%s is given up, the others go on: %s", server, server.reason)
-        server.gone.set()
-        await self._set(server, DEAD)
+        try:
+            await self._end(server)
+        finally:
+            server.gone.set()
+            await self._set(server, DEAD)
+
+    async def _catch_up(self, server: Server) -> None:
+        """Load the weights of now. Raises Refused for those that it alone refuses."""
+        publication = self.current
+        assert publication is not None
+        try:
+            await self._load(server, publication)
+        except Refused:
+            async with self._installing:
+                if self.current is publication:
+                    raise
 
     async def _serves(self, server: Server) -> bool:
         """SERVING from now on, if it has the current weights."""
@@ -230,16 +251,16 @@ class Pool:
             if server.state not in (SERVING, DRAINING):
                 continue  # starting and loading have time limits of their own
             if server.process is not None and (ended := server.process.ended()):
-                await self._lost(server, gone, ended)
+                await self.lost(server, gone, ended)
             elif server.client is not None:
                 try:
                     await asyncio.wait_for(self._or_gone(server, server.client.ping()), self.settings.stall_timeout_s)
                     await asyncio.sleep(pause - POLL_S)
                 except TimeoutError:
                     seconds = self.settings.stall_timeout_s
-                    await self._lost(server, gone, f"it gave no sign of life for {seconds:.0f} s")
-                except (ServerLost, ValueError) as lost:
-                    await self._lost(server, gone, str(lost))
+                    await self.lost(server, gone, f"it gave no sign of life for {seconds:.0f} s")
+                except Exception as lost:  # whatever it is: nobody else watches this server
+                    await self.lost(server, gone, str(lost) or repr(lost))
 
     async def _or_gone(self, server: Server, work: Awaitable[T]) -> T:
         """What `work` returns, unless the server is lost before."""
@@ -259,26 +280,40 @@ class Pool:
     async def install(self, publication: Publication) -> None:
         """Every server that serves has these weights when this returns; those that start take them by themselves.
 
-        Raises Refused where a server does not take them; the weights before go on answering.
+        Raises Refused where a server does not take them; the weights before go on answering, on all of them.
         """
-        before, self.current = self.current, publication
-        for server in self.servers:
-            if server.state == DEAD and server.process is None:  # whoever started it may have started it again
-                server.failures = 0
-                await self._set(server, STARTING)
-                self._spawn(self._bring_up(server))
-        serving = [server for server in self.servers if server.state == SERVING]
-        one_by_one = any(server.in_flight for server in serving)  # the others go on answering
-        results: list[BaseException | None] = []
-        for part in [[server] for server in serving] if one_by_one else [serving]:
-            results += await asyncio.gather(*(self._replace(server) for server in part), return_exceptions=True)
-        for error in results:
-            if isinstance(error, Refused):
+        async with self._installing:
+            before, self.current = self.current, publication
+            for server in self.servers:
+                if server.state == DEAD and server.process is None:  # whoever started it may have started it again
+                    server.failures = 0
+                    await self._set(server, STARTING)
+                    self._spawn(self._bring_up(server))
+            # What is uploaded is there before a server stops to answer.
+            await asyncio.gather(*(self._bring(server) for server in self.servers if server.state == SERVING))
+            serving = [server for server in self.servers if server.state == SERVING]
+            one_by_one = any(server.in_flight for server in serving)  # the others go on answering
+            results: list[BaseException | None] = []
+            for part in [[server] for server in serving] if one_by_one else [serving]:
+                results += await asyncio.gather(*(self._replace(server) for server in part), return_exceptions=True)
+            if any(isinstance(error, Refused) for error in results):
                 self.current = before
+                await asyncio.gather(*(self._take_back(server, publication) for server in serving))
+        for error in results:
             if error is not None:
                 raise error
         label = publication.manifest.label
         await self._until(lambda: any(s.state == SERVING and s.label == label for s in self.servers))
+
+    async def _bring(self, server: Server) -> None:
+        gone, publication = server.gone, self.current
+        assert publication is not None
+        if server.content == publication.manifest.digest:
+            return
+        try:
+            await publication.place(server)
+        except Exception as error:
+            await self.lost(server, gone, str(error) or repr(error))
 
     async def _replace(self, server: Server) -> None:
         gone = server.gone
@@ -293,10 +328,25 @@ class Pool:
             await self._load(server, self.current)
             await self._set(server, SERVING)
         except ServerLost as lost:
-            await self._lost(server, gone, str(lost))
+            await self.lost(server, gone, str(lost))
         except Refused:
             await self._set(server, SERVING)
             raise
+        except Exception as error:  # whatever it is, nobody knows what the server has now
+            await self.lost(server, gone, str(error) or repr(error))
+
+    async def _take_back(self, server: Server, refused: Publication) -> None:
+        """The weights before, on a server that took those that another one refused."""
+        if server.state != SERVING or server.label != refused.manifest.label:
+            return
+        if self.current is None:
+            server.label = None  # it answers nothing until there are weights that all take
+            return
+        gone = server.gone
+        try:
+            await self._replace(server)
+        except Refused as error:
+            await self.lost(server, gone, str(error))
 
     async def _load(self, server: Server, publication: Publication) -> None:
         """Load, name the version, forget the prefixes, and look whether it answers with these weights."""
@@ -311,14 +361,13 @@ class Pool:
             else:
                 answer = await client.load(path, manifest, timeout_s=timeout_s)
                 log.info("%s has version %d: %s", server, manifest.version, answer)
-                if answer["digest_bytes"] and answer["digest"] == server.live_digest:
+                if answer["digest"] is not None and answer["digest"] == server.live_digest:
                     raise ServerLost(f"version {manifest.version} of the weights left its parameters as they were")
                 server.live_digest = answer["digest"]
         await client.set_version(manifest.label)
         await client.reset_cache()
         await self._probe(server, publication)
         server.label, server.content = manifest.label, manifest.digest
-        server.failures = 0
 
     async def _probe(self, server: Server, publication: Publication) -> None:
         """A fixed prompt's logprobs, against the trainer's: the one proof that holds whatever a server keeps where."""
@@ -346,6 +395,7 @@ class Pool:
         self, jobs: Sequence[Job], sampling: Sampling, report: Report | None
     ) -> list[tuple[Job, list[Answer], str]]:
         """The answers to every job, in order, with the label of the weights that gave them."""
+        assert self.current is not None, "generate before the first update_weights"
         waiting = deque(range(len(jobs)))
         results: list[tuple[Job, list[Answer], str] | None] = [None] * len(jobs)
         finished = tokens = 0
@@ -385,13 +435,14 @@ class Pool:
                 answers = await self._or_gone(server, server.client.generate(
                     job.token_ids, sampling, n=job.n, max_tokens=job.max_tokens, seed=job.seed,
                     adapter=self.current.is_adapter,
+                    timeout_s=self.settings.stall_timeout_s + OVERBOOKED * job.max_tokens * SLOWEST_S,
                 ))  # fmt: skip
                 if wrong := [answer.labels for answer in answers if answer.labels != {label}]:
                     raise ServerLost(f"it answered with the weights {sorted(wrong[0])} where it has {label}")
                 server.failures = 0
                 return answers, label
             except ServerLost as lost:
-                await self._lost(server, gone, str(lost))
+                await self.lost(server, gone, str(lost))
             finally:
                 async with self._changed:
                     server.in_flight -= job.n

@@ -21,7 +21,7 @@ from pathlib import Path
 from .vllm_adapter import ServerSpec, explain
 from .vllm_server import LOG, PATIENCE_S, PORT_IN_USE, STATE, unlink
 
-PACKAGE_ROOT = Path(__file__).parents[2]
+PACKAGE = Path(__file__).parents[1]
 _SCRATCH = (
     "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 )  # of a server: sockets, and exports that come over HTTP
@@ -31,9 +31,10 @@ class ServerProcess:
     """`spec.port` 0 takes a free one at every start."""
 
     def __init__(self, python: str, spec: ServerSpec, api_key: str):
-        if not os.access(python, os.X_OK):
+        if not Path(python).exists() or Path(python).is_dir() or not os.access(python, os.X_OK):
+            wrong = "is no program" if Path(python).exists() else "is not there"
             raise ValueError(
-                f"rollout.vllm.python {python} is not there: `scripts/setup_vllm.sh DIR` makes an environment with vLLM and "
+                f"rollout.vllm.python {python} {wrong}: `scripts/setup_vllm.sh DIR` makes an environment with vLLM and "
                 "prints the path to set"
             )
         self.python, self._spec, self._api_key = python, spec, api_key
@@ -46,8 +47,12 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self._spec.host, self._spec.host)
-        return f"http://{host}:{self.port}"
+        return self.url_for("127.0.0.1" if self._spec.host == "0.0.0.0" else "::1")
+
+    def url_for(self, everywhere: str) -> str:
+        """With the host's name `everywhere` where the server listens at all addresses."""
+        host = everywhere if self._spec.host in ("0.0.0.0", "::") else self._spec.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def log(self) -> Path:
@@ -69,13 +74,21 @@ class ServerProcess:
         # Sockets lie there, whose paths must be short.
         self._scratch = tempfile.mkdtemp(prefix="jaxrl-vllm-", dir=_SCRATCH)
         spec = dataclasses.replace(self._spec, port=self.port, scratch=self._scratch)
-        env = os.environ | {"VLLM_API_KEY": self._api_key, "PYTHONPATH": str(PACKAGE_ROOT), "TMPDIR": self._scratch}
+        # jaxrl alone: beside it may lie all that is installed for the trainer, which is not for vLLM.
+        path = Path(self._scratch) / "python"
+        path.mkdir()
+        (path / PACKAGE.name).symlink_to(PACKAGE)
+        env = os.environ | {"VLLM_API_KEY": self._api_key, "PYTHONPATH": str(path), "TMPDIR": self._scratch}
         with self.log.open("ab") as log:
             self._log_start = log.tell()  # that of the starts before is kept
-            self._watchdog = subprocess.Popen(
-                [self.python, "-m", "jaxrl.rollout.vllm_server", json.dumps(dataclasses.asdict(spec))],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=env,
-            )  # fmt: skip
+            try:
+                self._watchdog = subprocess.Popen(
+                    [self.python, "-m", "jaxrl.rollout.vllm_server", json.dumps(dataclasses.asdict(spec))],
+                    stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=env,
+                )  # fmt: skip
+            except OSError as error:
+                shutil.rmtree(self._scratch)
+                raise ValueError(f"rollout.vllm.python {self.python} cannot be run: {error.strerror}") from None
 
     def ended(self) -> str | None:
         """Why the server is not running, in words; None while it is."""

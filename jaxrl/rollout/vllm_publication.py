@@ -1,9 +1,14 @@
-"""One version of the weights on its way to the servers: a folder where they see one, an HTTP upload to each of the others."""
+"""One version of the weights on its way to the servers: a file, which they read where they see it, and get over HTTP
+where they do not.
+
+The file stays until the next version is everywhere: a server that is started again gets these weights from it, also when
+training has gone on from the arrays that they came from.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import queue
+import itertools
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +17,11 @@ import jax
 
 from ..models.config import ModelConfig
 from ..weights.peft_tree import write_adapter_config
-from ..weights.sync import Export, FileSink
-from .vllm_client import ServerLost
+from ..weights.sync import PIECE, Export, FileSink
+from .protocol import Refused
 from .vllm_pool import Server
+
+_numbers = itertools.count()
 
 
 class Publication:
@@ -31,92 +38,66 @@ class Publication:
         self._make, self._loop, self._config, self._adapter_of = make, loop, config, adapter_of
         self._transports, self._timeout_s = transports, timeout_s
         self._name = f"v{self.manifest.version}"
-        self._file = "adapter_model.safetensors" if self.is_adapter else "model.safetensors"
-        self._folders: dict[str, Path] = {}  # by transport
-        self._uploaded: dict[asyncio.Event, str] = {}  # path on the server, by the start of it that took it in
+        self._folder = f"{self._name}-{next(_numbers)}"  # of its own, also where a version is published again
+        self._files: dict[str, FileSink] = {}  # by transport
+        self._uploads: dict[asyncio.Event, asyncio.Task[str]] = {}  # by the start of the server that is sent it
 
-    def send(self, servers: Sequence[Server], parents: Mapping[str, Path]) -> None:
-        """Stream it once: an upload to each of `servers`, and a file in a folder in each of `parents`, by transport."""
-        export, files, uploads = self._make(), [], []
+    def send(self, parents: Mapping[str, Path], servers: Sequence[Server]) -> None:
+        """Write it to a folder in each of `parents`, by transport; `servers` are sent the first file as it grows."""
+        export = self._make()
         try:
             for transport, parent in parents.items():
-                self._folders[transport] = parent / self._name
-                files.append(FileSink(self._folders[transport] / self._file))
+                folder = parent / self._folder
+                name = "adapter_model.safetensors" if self.is_adapter else "model.safetensors"
+                self._files[transport] = FileSink(folder / name)
                 if self._adapter_of is not None:
-                    write_adapter_config(self._folders[transport], self._config, self._adapter_of)
-            uploads += [Upload(self._loop, server, f"{self._name}/{self._file}", self._timeout_s) for server in servers]
-            export.send([*files, *uploads])
+                    write_adapter_config(folder, self._config, self._adapter_of)
+            for server in servers:
+                self._loop.call_soon_threadsafe(self._upload, server)
+            export.send(list(self._files.values()))
+            if export.not_finite:
+                raise Refused(
+                    f"version {self.manifest.version} of the weights has NaN or infinity in {export.not_finite[0]}: training "
+                    "went wrong"
+                )
         except BaseException:
-            for sink in (*files, *uploads):
-                sink.abandon()
+            for file in self._files.values():
+                file.abandon()
             if jax.process_count() > 1:
                 export.finish()
             raise
-        for file in files:
+        for file in self._files.values():
             file.close()
-        for upload in uploads:
-            path = upload.close()
-            if path is not None:
-                self._uploaded[upload.gone] = path
         self.manifest = export.manifest
 
     async def place(self, server: Server) -> str:
-        """Where the server has the export; one that started after the stream had passed is sent it anew."""
+        """Where the server has it, whenever it was started."""
         transport = await self._transports(server)
-        if transport in self._folders:
-            return str(self._folders[transport] / self._file)
-        if server.gone not in self._uploaded:
-            await asyncio.to_thread(self._send_again, server)
-        if server.gone not in self._uploaded:
-            raise ServerLost(f"version {self.manifest.version} of the weights could not be sent to it")
-        return self._uploaded[server.gone]
+        if transport in self._files:
+            return str(self._files[transport].path)
+        return await self._upload(server)
 
-    def _send_again(self, server: Server) -> None:
-        later = "it gets weights with the next version"
-        if jax.process_count() > 1:
-            raise ServerLost(f"{later}: all hosts would have to gather those of now")
-        try:
-            self.send([server], {})
-        except RuntimeError as error:  # of JAX: a deleted array
-            raise ServerLost(f"{later}: training has gone on from those of now ({error})") from None
+    def _upload(self, server: Server) -> asyncio.Task[str]:
+        """The path on the server, when all of it is there; one upload for each start of a server."""
+        if server.gone not in self._uploads:
+            upload = asyncio.ensure_future(self._uploaded(server))
+            upload.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever asks gets it
+            self._uploads[server.gone] = upload
+        return self._uploads[server.gone]
+
+    async def _uploaded(self, server: Server) -> str:
+        client, file = server.client, next(iter(self._files.values()))
+        assert client is not None
+        for other in sorted(file.path.parent.glob("*.json")):  # of an adapter
+            await client.upload(f"{self._name}/{other.name}", _whole(other), timeout_s=self._timeout_s)
+        return await client.upload(f"{self._name}/{file.path.name}", file.follow(PIECE), timeout_s=self._timeout_s)
 
     def forget(self) -> None:
-        for folder in self._folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
+        for upload in list(self._uploads.values()):
+            self._loop.call_soon_threadsafe(upload.cancel)
+        for file in self._files.values():
+            shutil.rmtree(file.path.parent, ignore_errors=True)
 
 
-class Upload:
-    """A sink that is an HTTP request under way. Where that breaks, the rest is thrown away: the server is lost."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, server: Server, name: str, timeout_s: float):
-        assert server.client is not None
-        self.gone = server.gone
-        self._loop = loop
-        self._pieces: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
-        request = server.client.upload(name, self._stream(), timeout_s=timeout_s)
-        self._request = asyncio.run_coroutine_threadsafe(request, loop)
-
-    async def _stream(self) -> AsyncIterator[bytes]:
-        while (piece := await self._loop.run_in_executor(None, self._pieces.get)) is not None:
-            yield bytes(piece)
-
-    def write(self, piece: memoryview | None) -> None:
-        while not self._request.done():
-            try:
-                return self._pieces.put(piece, timeout=0.5)
-            except queue.Full:
-                continue
-
-    def close(self) -> str | None:
-        """The path under which the server has it; None where it was lost."""
-        self.write(None)
-        try:
-            return self._request.result()
-        except ServerLost:
-            return None
-
-    def abandon(self) -> None:
-        self._request.cancel()
-        while not self._pieces.empty():
-            self._pieces.get()
-        self._pieces.put(None)  # ends the thread that waits for a piece
+async def _whole(path: Path) -> AsyncIterator[bytes]:
+    yield path.read_bytes()

@@ -1,17 +1,19 @@
 """Publishing weights: a version as a stream of bytes, tensor by tensor from the devices, into one or several sinks.
 
 An export runs once, whatever number of servers want it: each piece goes to every sink before the next one leaves the
-devices. A sink is a file (on tmpfs for servers on this host, on a shared disk for others) or an HTTP upload; the file
-takes its name when all of it is there. `rollout/protocol.py` says what the bytes are and how they are checked.
+devices. A sink is a file (on tmpfs for servers on this host, on a shared disk for others), which takes its name when all
+of it is there; an HTTP upload follows it as it grows. `rollout/protocol.py` says what the bytes are and how they are checked.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +31,13 @@ from .safetensors_writer import dtype_named
 Tree = Any
 Stream = Callable[[], Iterator[tuple[str, np.ndarray]]]
 SPELLINGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+EXPONENTS = {
+    "F32": (np.uint32, np.uint32(0x7F800000)),
+    "F16": (np.uint16, np.uint16(0x7C00)),
+    "BF16": (np.uint16, np.uint16(0x7F80)),
+}
 PIECE = 4 << 20  # bytes that go to the sinks at once
+LOOK = 1 << 18  # bytes that are looked at at once
 
 
 class Sink(Protocol):
@@ -44,17 +52,23 @@ class Export:
         self._tensors = [Tensor(name, shape, SPELLINGS[dtype]) for name, shape in shapes.items()]
         self._stream = stream
         self.manifest = Manifest(run, version, tuple(self._tensors))
+        self.not_finite: list[str] = []  # tensors with NaN or infinity, when all of it has been sent
         self._pieces = self._all_pieces()
 
     def _all_pieces(self) -> Iterator[memoryview]:
         m, done = self.manifest, []
         yield memoryview(encode_header(m.run, m.version, m.tensors))
-        for announced, (name, array) in zip(m.tensors, self._stream(), strict=True):
-            assert (name, array.shape, array.dtype) == (announced.name, announced.shape, self.dtype), name
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            done.append(Tensor(name, announced.shape, announced.dtype, zlib.crc32(data)))
-            for start in range(0, len(data), PIECE):
-                yield data[start : start + PIECE]
+        with ThreadPoolExecutor(1) as beside:  # it looks at a tensor while the sinks write it
+            for announced, (name, array) in zip(m.tensors, self._stream(), strict=True):
+                assert (name, array.shape, array.dtype) == (announced.name, announced.shape, self.dtype), name
+                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+                looked_at = beside.submit(_look_at, data, announced.dtype)
+                for start in range(0, len(data), PIECE):
+                    yield data[start : start + PIECE]
+                crc, is_finite = looked_at.result()
+                done.append(Tensor(name, announced.shape, announced.dtype, crc))
+                if not is_finite:
+                    self.not_finite.append(name)
         self.manifest = Manifest(m.run, m.version, tuple(done))
 
     def send(self, sinks: Sequence[Sink]) -> None:
@@ -66,6 +80,17 @@ class Export:
     def finish(self) -> None:
         """Run through what has not been sent, since other hosts gather it too."""
         self.send([])
+
+
+def _look_at(data: memoryview, dtype: str) -> tuple[int, bool]:
+    """Checksum of a tensor's bytes, and whether all of its numbers are finite: an exponent of ones is NaN or infinity."""
+    word, exponent = EXPONENTS[dtype]
+    crc, is_finite = 0, True
+    for start in range(0, len(data), LOOK):  # what fits a cache: both read it
+        part = data[start : start + LOOK]
+        crc = zlib.crc32(part, crc)
+        is_finite = is_finite and (np.frombuffer(part, word) & exponent).max() < exponent
+    return crc, bool(is_finite)
 
 
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -101,6 +126,7 @@ class FileSink:
         self.path, self._partial = path, path.with_suffix(".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("wb")
+        self._is_whole = self._is_abandoned = False
 
     def write(self, piece: memoryview) -> None:
         self._file.write(piece)
@@ -108,10 +134,30 @@ class FileSink:
     def close(self) -> None:
         self._file.close()
         self._partial.replace(self.path)
+        self._is_whole = True
 
     def abandon(self) -> None:
+        self._is_abandoned = True
         self._file.close()
         self._partial.unlink(missing_ok=True)
+
+    async def follow(self, size: int) -> AsyncIterator[bytes]:
+        """Its content in pieces of up to `size` bytes, also while another thread still writes it."""
+        try:
+            file = self._partial.open("rb", buffering=0)
+        except FileNotFoundError:
+            file = self.path.open("rb", buffering=0)
+        with file:
+            while True:
+                is_whole = self._is_whole  # asked before the read, which may meet the end of what is there by now
+                if piece := file.read(size):
+                    yield piece
+                elif is_whole:
+                    return
+                elif self._is_abandoned:
+                    raise OSError(f"{self.path.name} was never written to its end")
+                else:
+                    await asyncio.sleep(0.005)
 
 
 class SharedFolder:

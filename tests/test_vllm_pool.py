@@ -1,0 +1,324 @@
+"""What the pool does about servers that fail, with stubs in their place: it ends, and it says why."""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_stub import LOGPROB, Stub, stub_python
+
+from jaxrl.config import VllmSection
+from jaxrl.rollout.engine import EngineLost, Sampling
+from jaxrl.rollout.protocol import Manifest, Refused, Tensor
+from jaxrl.rollout.vllm_adapter import GENERATE, INFO, ServerSpec
+from jaxrl.rollout.vllm_client import Client
+from jaxrl.rollout.vllm_pool import DEAD, SERVING, Job, Pool, Server
+from jaxrl.rollout.vllm_process import ServerProcess
+
+SAMPLING = Sampling(max_tokens=3)
+
+
+@dataclass
+class Weights:
+    """A publication that every server finds where it is."""
+
+    version: int
+    is_adapter: bool = False
+    probe_ids: list[int] = field(default_factory=lambda: [3, 4, 5])
+    probe_logprobs: list[float] = field(default_factory=lambda: [LOGPROB, LOGPROB])
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest("run", self.version, (Tensor("weight", (1,), "F32", self.version),))
+
+    async def place(self, server: Server) -> str:
+        return f"/exports/v{self.version}"
+
+
+def at(*urls: str) -> list[Server]:
+    return [Server(f"server {url}", "key", url, None) for url in urls]
+
+
+def local(folder: Path, **env: str) -> Server:
+    spec = ServerSpec("model", "127.0.0.1", 0, str(folder / "server_0"), env=env)
+    return Server("server 0", "key", None, ServerProcess(stub_python(folder), spec, "key"))
+
+
+@asynccontextmanager
+async def opened(servers: list[Server], **settings: Any):
+    settings = {"start_timeout_s": 20.0, "load_timeout_s": 5.0, "stall_timeout_s": 4.0} | settings
+    pool = Pool(servers, VllmSection(**settings), max_num_seqs=4)
+    await pool.open()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+def run(work: Coroutine[Any, Any, None], timeout_s: float = 60.0) -> None:
+    """A wait without an end is what most of these tests are about."""
+    asyncio.run(asyncio.wait_for(work, timeout_s))
+
+
+def jobs(*prompts: int) -> list[Job]:
+    return [Job(i, [prompt, 4], 1, 3, 0) for i, prompt in enumerate(prompts)]
+
+
+@pytest.fixture
+def stubs():
+    found = [Stub(), Stub()]
+    yield found
+    for stub in found:
+        stub.close()
+
+
+def test_a_url_that_answers_with_a_page_is_said(stubs):
+    stubs[0].answers[INFO] = lambda _: (200, "<html>It works!</html>")
+
+    async def work():
+        async with opened(at(stubs[0].url)) as pool:
+            with pytest.raises(ValueError, match=f"{stubs[0].url} is no server that scripts/serve_vllm.py started"):
+                await pool.ready()
+
+    run(work())
+
+
+def test_what_nobody_foresaw_ends_a_start_with_its_reason(stubs):
+    async def work():
+        async with opened(at("http://127.0.0.1:80OO")) as pool:
+            with pytest.raises(ValueError, match="InvalidURL"):
+                await pool.ready()
+
+    run(work())
+
+
+def test_a_python_that_cannot_be_started_is_said_and_leaves_no_scratch_folder(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("no program")
+    python.chmod(0o755)
+    before = set(os.listdir("/dev/shm"))
+    server = Server(
+        "server 0", "key", None, ServerProcess(str(python), ServerSpec("m", "127.0.0.1", 0, str(tmp_path)), "k")
+    )
+
+    async def work():
+        async with opened([server]) as pool:
+            with pytest.raises(ValueError, match="Exec format error"):
+                await pool.ready()
+
+    run(work())
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("jaxrl-vllm-")}
+
+
+def test_a_request_that_always_ends_its_server_ends_the_run_after_max_restarts(tmp_path):
+    server = local(tmp_path, POISON="7")
+
+    async def work():
+        async with opened([server], max_restarts=2) as pool:
+            await pool.install(Weights(1))
+            answered = await pool.answer(jobs(3), SAMPLING, None)
+            assert [label for _, _, label in answered] == ["run:1"]
+            with pytest.raises(EngineLost, match="server 0: "):
+                await pool.answer(jobs(7), SAMPLING, None)
+            assert (pool.restarts, server.state) == (2, DEAD)
+
+    run(work())
+
+
+def refuses(stub: Stub, version: int) -> None:
+    def load(message):
+        if message["args"][1]["version"] == version:
+            return 200, {"results": [{"refused": f"version {version} is not for me"}]}
+        return stub.usual("/collective_rpc", message)
+
+    stub.answers["jaxrl_load"] = load
+
+
+def test_after_a_refusal_by_one_of_two_servers_both_answer_with_the_weights_before(stubs):
+    refuses(stubs[1], 2)
+
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+            with pytest.raises(Refused, match="version 2 is not for me"):
+                await pool.install(Weights(2))
+            assert stubs[0].loaded == ["/exports/v1", "/exports/v2", "/exports/v1"]
+            answered = await pool.answer(jobs(*range(3, 30)), SAMPLING, None)
+            assert {label for _, _, label in answered} == {"run:1"}
+            assert all(stub.num_answered for stub in stubs)
+
+    run(work())
+
+
+def test_a_server_that_starts_while_others_refuse_gets_the_weights_before(stubs):
+    for stub in stubs:
+        refuses(stub, 2)
+
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+            await pool.lost(pool.servers[1], pool.servers[1].gone, "for the test")
+            with pytest.raises(Refused):
+                await pool.install(Weights(2))
+            await pool._until(lambda: all((s.state, s.label) == (SERVING, "run:1") for s in pool.servers))
+
+    run(work())
+
+
+def test_an_answer_to_a_load_that_nobody_foresaw_starts_the_server_again(stubs):
+    stubs[0].answers["jaxrl_load"] = lambda _: (400, {"error": "what is that?"})
+
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+            await pool._until(lambda: pool.servers[0].state == DEAD)
+            assert "what is that?" in pool.servers[0].reason
+            assert len(await pool.answer(jobs(3, 4), SAMPLING, None)) == 2
+
+    run(work())
+
+
+def test_of_what_is_installed_for_the_trainer_a_server_sees_jaxrl_alone(tmp_path):
+    server = local(tmp_path, REPORT=str(tmp_path / "path"))
+
+    async def work():
+        async with opened([server]) as pool:
+            await pool.ready()
+            path = Path((tmp_path / "path").read_text())
+            assert [each.name for each in path.iterdir()] == ["jaxrl"]
+            assert (path / "jaxrl" / "rollout" / "vllm_server.py").exists()
+        assert not path.exists()
+
+    run(work())
+
+
+def test_a_reply_that_is_lost_while_its_server_lives_is_asked_for_again(stubs, monkeypatch):
+    monkeypatch.setattr("jaxrl.rollout.vllm_pool.SLOWEST_S", 0.1)
+    lost = []
+
+    def generate(message):
+        if "prompt_logprobs" not in message["sampling_params"] and not lost:
+            lost.append(message)
+            time.sleep(20.0)
+        return stubs[0].usual(GENERATE, message)
+
+    stubs[0].answers[GENERATE] = generate
+
+    async def work():
+        async with opened(at(stubs[0].url), stall_timeout_s=1.0) as pool:
+            await pool.install(Weights(1))
+            assert len(await pool.answer(jobs(3), SAMPLING, None)) == 1
+            assert "it was waited for 2 s for a response in vain" in pool.servers[0].reason
+
+    run(work(), timeout_s=15.0)
+
+
+def test_a_connection_that_nobody_answers_is_found_dead_by_tcp(stubs):
+    async def work():
+        client = Client(stubs[0].url, "key", timeout_s=5.0)
+        await client.info()
+        (connection,) = client._http._transport._pool.connections
+        stream = connection._connection._network_stream
+        assert stream.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        await client.close()
+
+    run(work())
+
+
+def once(stub: Stub, answer: Any) -> None:
+    """The first response that is asked for is `answer` of what it would have been."""
+    given = []
+
+    def generate(message):
+        usual = stub.usual(GENERATE, message)
+        if "prompt_logprobs" in message["sampling_params"] or given:
+            return usual
+        given.append(message)
+        return answer(usual[1])
+
+    stub.answers[GENERATE] = generate
+
+
+def with_choice(**changes: Any):
+    return lambda message: (200, {"choices": [message["choices"][0] | changes]})
+
+
+NONSENSE = {
+    "another version": (
+        with_choice(weight_versions=[{"version": "run:0", "start": 0, "end": 3}]),
+        "it answered with the weights ['run:0'] where it has run:1",
+    ),
+    "two versions": (
+        with_choice(weight_versions=[{"version": f"run:{i}", "start": i, "end": i + 1} for i in range(2)]),
+        "it answered with the weights ['run:0', 'run:1'] where it has run:1",
+    ),
+    "no version": (with_choice(weight_versions=None), "it answered with the weights [] where it has run:1"),
+    "no tokens": (with_choice(token_ids=[]), "tokens and logprobs do not belong together"),
+    "other logprobs": (with_choice(token_ids=[5, 6, 5]), "tokens and logprobs do not belong together"),
+    "an abort": (with_choice(finish_reason="abort"), "a response ended by 'abort'"),
+    "no number": (
+        with_choice(token_ids=[5], logprobs={"content": [{"token_id": 5, "logprob": float("nan")}]}),
+        "a logprob is not a number below 0",
+    ),
+    "too few": (lambda _: (200, {"choices": []}), "0 responses came where 1 were asked for"),
+    "no response": (lambda _: (200, {"hello": 1}), "it answered a prompt with what is no response"),
+    "a page": (lambda _: (200, "<html>"), "it answered a prompt with what is no response"),
+    "an error": (lambda _: (500, {"error": "EngineCore"}), "was asked for a response and answered 500"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, words", NONSENSE.values(), ids=NONSENSE.keys())
+def test_an_answer_that_is_none_of_these_weights_is_not_used_and_asked_for_again(stubs, answer, words):
+    once(stubs[0], answer)
+
+    async def work():
+        async with opened(at(stubs[0].url)) as pool:
+            await pool.install(Weights(1))
+            ((_, answers, label),) = await pool.answer(jobs(3), SAMPLING, None)
+            assert (answers[0].token_ids, answers[0].labels, label) == ([5, 5, 5], {"run:1"}, "run:1")
+            assert pool.restarts == 1 and words in pool.servers[0].reason
+
+    run(work())
+
+
+def test_two_servers_share_the_work_and_take_new_weights_one_after_the_other(stubs):
+    states = []  # of the other server, when one of them loads
+
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+            for stub, other in zip(stubs, reversed(pool.servers), strict=True):
+
+                def generate(message, stub=stub):
+                    time.sleep(0.1)
+                    return stub.usual(GENERATE, message)
+
+                def load(message, stub=stub, other=other):
+                    states.append((other.state, other.label))
+                    time.sleep(0.3)
+                    return stub.usual("/collective_rpc", message)
+
+                stub.answers |= {GENERATE: generate, "jaxrl_load": load}
+            answering = asyncio.ensure_future(pool.answer(jobs(*range(3, 203)), SAMPLING, None))
+            while not all(stub.num_answered for stub in stubs):
+                await asyncio.sleep(0.01)
+            await pool.install(Weights(2))
+            answered = await answering
+            labels = [label for _, _, label in answered]
+            assert set(labels) == {"run:1", "run:2"} and len(labels) == 200
+            assert all(answers[0].labels == {label} for _, answers, label in answered)
+            assert all(stub.num_answered > 40 for stub in stubs)
+            assert pool.restarts == 0
+
+    run(work())
+    assert states == [(SERVING, "run:1"), (SERVING, "run:2")]

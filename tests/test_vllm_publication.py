@@ -1,0 +1,254 @@
+"""A version on its way to stubs of servers: over HTTP, and to those that start later."""
+
+import asyncio
+import dataclasses
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load as load_safetensors
+from vllm_stub import Stub, stub_python
+
+from jaxrl.batch import Prompt
+from jaxrl.config import Model, VllmSection
+from jaxrl.models.decoder import init_params
+from jaxrl.parallel import make_mesh
+from jaxrl.roles import model_config
+from jaxrl.rollout.engine import Sampling
+from jaxrl.rollout.vllm_adapter import SEES, UPLOAD
+from jaxrl.rollout.vllm_engine import VllmEngine
+from jaxrl.rollout.vllm_pool import DEAD, SERVING
+from jaxrl.weights.pretrained import open_pretrained
+from jaxrl.weights.sync import FileSink
+
+MODEL = Path(__file__).parent / "data" / "hf_torch" / "llama32-tied"
+PROMPTS = [Prompt([3 + i, 5], "", "", None, {}, None, i) for i in range(8)]
+
+
+@pytest.fixture
+def stubs():
+    found = [Stub() for _ in range(2)]
+    yield found
+    for stub in found:
+        stub.close()
+
+
+@pytest.fixture
+def engine_of(tmp_path):
+    """Makes an engine; the stubs' logprobs are far from any model's, so the probe is let off."""
+    engines = []
+
+    def make(lora_rank: int = 0, vocab_size: int = 80, **settings) -> VllmEngine:
+        source = open_pretrained(str(MODEL))
+        config = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
+        config = dataclasses.replace(
+            config, vocab_size=vocab_size, lora_rank=lora_rank, lora_targets=("q_proj",) if lora_rank else ()
+        )
+        times = {"start_timeout_s": 20.0, "load_timeout_s": 10.0, "stall_timeout_s": 4.0, "probe_tolerance": 1e3}
+        section = VllmSection(**(times | settings))
+        engine = VllmEngine(
+            config, make_mesh(1, 1, 1), section, source=source, folder=tmp_path / f"run{len(engines)}",
+            max_model_len=64, max_num_seqs=4,
+        )  # fmt: skip
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def weights(engine: VllmEngine, version: int) -> dict:
+    return init_params(engine.config, "lm", jax.random.key(version))
+
+
+def until(engine: VllmEngine, condition: Callable[[], bool]) -> None:
+    engine._call(asyncio.wait_for(engine.pool._until(condition), 30.0))
+
+
+def all_serve(engine: VllmEngine) -> bool:
+    return all(server.state == SERVING for server in engine.pool.servers)
+
+
+def ready(engine: VllmEngine) -> None:
+    until(engine, lambda: all(server.info for server in engine.pool.servers))
+
+
+def versions(engine: VllmEngine) -> set[int]:
+    return {r.weights_version for r in engine.generate(PROMPTS, Sampling(max_tokens=2), seed=0)}
+
+
+def lose(engine: VllmEngine, i: int) -> None:
+    server = engine.pool.servers[i]
+    engine._call(engine.pool.lost(server, server.gone, "for the test"))
+
+
+def assert_has(stub: Stub, path: str, variables: dict) -> None:
+    found = load_safetensors(stub.uploads[path])
+    np.testing.assert_array_equal(found["model.embed_tokens.weight"], variables["params"]["embed_tokens"]["embedding"])
+
+
+@pytest.mark.parametrize("room", ["in memory", "on disk"])
+def test_a_server_that_is_started_again_gets_the_weights_that_training_has_gone_on_from(
+    stubs, engine_of, monkeypatch, room
+):
+    if room == "on disk":
+        monkeypatch.setattr("jaxrl.rollout.vllm_engine.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2, 1, 1))
+    engine = engine_of(urls=tuple(stub.url for stub in stubs), transport="http", max_restarts=1)
+    ready(engine)
+    variables = weights(engine, 1)
+    kept = jax.tree.map(np.array, variables)
+    engine.update_weights(variables, 1)
+    for x in jax.tree.leaves(variables):
+        x.delete()
+    stubs[1].uploads.clear()
+    lose(engine, 1)
+    until(engine, lambda: all_serve(engine))
+    assert_has(stubs[1], UPLOAD + "v1/model.safetensors", kept)
+    assert versions(engine) == {1}
+    assert bool(list(engine.folder.glob("published/v1-*/model.safetensors"))) == (room == "on disk")
+    engine.close()
+    assert not (engine.folder / "published").exists()
+
+
+def test_a_server_that_starts_while_a_version_is_published_finds_a_copy_of_it(engine_of, tmp_path):
+    may_start = tmp_path / "may start"
+    may_start.touch()
+    engine = engine_of(python=stub_python(tmp_path), env={"WAIT_FOR": str(may_start)})
+    engine.update_weights(weights(engine, 1), 1)
+    may_start.unlink()
+    lose(engine, 0)
+    threading.Timer(2.0, may_start.touch).start()
+    variables = weights(engine, 2)
+    engine.update_weights(variables, 2)
+    for x in jax.tree.leaves(variables):
+        x.delete()
+    lose(engine, 0)
+    until(engine, lambda: all_serve(engine))
+    assert versions(engine) == {2}
+
+
+def test_versions_on_a_shared_disk_go_when_the_engine_is_closed(stubs, engine_of, tmp_path):
+    engine = engine_of(urls=(stubs[0].url,), transport="file", file_dir=str(tmp_path / "shared"))
+    for version in (1, 2):
+        engine.update_weights(weights(engine, version), version)
+    assert all(Path(path).is_relative_to(tmp_path / "shared") for path in stubs[0].loaded)
+    engine._forgetting.join()
+    assert [str(path) for path in (tmp_path / "shared").glob("*/v*/model.safetensors")] == stubs[0].loaded[1:]
+    engine.close()
+    assert not list((tmp_path / "shared").iterdir())
+
+
+def test_a_version_that_is_published_again_is_still_there(engine_of, tmp_path):
+    engine = engine_of(python=stub_python(tmp_path))
+    for seed in (1, 2):
+        engine.update_weights(weights(engine, seed), 0)
+    engine._forgetting.join()
+    lose(engine, 0)
+    until(engine, lambda: all_serve(engine))
+    server = engine.pool.servers[0]
+    assert Path(engine._call(engine._publication.place(server))).exists()
+
+
+def test_weights_that_went_wrong_are_refused_before_a_server_hears_of_them(stubs, engine_of):
+    engine = engine_of(urls=(stubs[0].url,))
+    ready(engine)
+    engine.update_weights(weights(engine, 1), 1)
+    for wrong in (np.nan, -np.inf):
+        broken = weights(engine, 2)
+        broken["params"]["norm"]["scale"] = broken["params"]["norm"]["scale"].at[3].set(wrong)
+        with pytest.raises(
+            ValueError, match="version 2 of the weights has NaN or infinity in model.norm.weight: training"
+        ):
+            engine.update_weights(broken, 2)
+    assert versions(engine) == {1} and engine.pool.loads == 1
+
+
+def test_one_server_that_cannot_be_asked_for_its_transport_does_not_end_the_run(stubs, engine_of):
+    engine = engine_of(urls=tuple(stub.url for stub in stubs), max_restarts=1)
+    ready(engine)
+    engine.update_weights(weights(engine, 1), 1)
+    until(engine, lambda: all_serve(engine))
+    stubs[0].answers[SEES] = lambda _: (500, {"error": "no"})
+    engine.update_weights(weights(engine, 2), 2)
+    until(engine, lambda: engine.pool.servers[0].state == DEAD)
+    assert "a look at a file" in engine.pool.servers[0].reason
+    assert versions(engine) == {2}
+
+
+def test_uploads_to_more_servers_than_asyncio_has_threads_do_not_wait_for_each_other(engine_of):
+    many = [Stub() for _ in range(min(32, (os.cpu_count() or 1) + 4) + 2)]
+    many[-1].pause_s = 2.0  # before it reads: more than its connection holds waits meanwhile
+    engine = engine_of(urls=tuple(stub.url for stub in many), transport="http", vocab_size=400_000)
+    try:
+        ready(engine)
+        variables = weights(engine, 1)
+        publishing = threading.Thread(target=engine.update_weights, args=(variables, 1), daemon=True)
+        publishing.start()
+        publishing.join(60.0)
+        assert not publishing.is_alive()
+        until(engine, lambda: all_serve(engine))
+        for stub in many:
+            assert_has(stub, UPLOAD + "v1/model.safetensors", variables)
+    finally:
+        engine.close()
+        for stub in many:
+            stub.close()
+
+
+def test_why_an_upload_failed_is_said_and_the_others_go_on(stubs, engine_of):
+    stubs[0].answers[UPLOAD] = lambda _: (507, {"error": "No space left on device"})
+    engine = engine_of(urls=tuple(stub.url for stub in stubs), transport="http", max_restarts=1)
+    ready(engine)
+    engine.update_weights(weights(engine, 1), 1)
+    until(engine, lambda: engine.pool.servers[0].state == DEAD)
+    assert "No space left on device" in engine.pool.servers[0].reason
+    assert versions(engine) == {1}
+
+
+def test_an_adapter_over_http_comes_with_its_config(stubs, engine_of):
+    engine = engine_of(lora_rank=2, publish="adapter", urls=(stubs[0].url,), transport="http")
+    ready(engine)
+    stubs[0].answers["/v1/load_lora_adapter"] = lambda _: (200, {})
+    engine.update_weights(weights(engine, 1), 1)
+    assert set(stubs[0].uploads) == {UPLOAD + "v1/adapter_config.json", UPLOAD + "v1/adapter_model.safetensors"}
+
+
+def test_a_file_can_be_followed_while_it_is_written(tmp_path):
+    sink, parts = FileSink(tmp_path / "v1" / "file"), []
+
+    async def read():
+        async for piece in sink.follow(3):
+            parts.append(piece)
+
+    async def work():
+        reading = asyncio.ensure_future(read())
+        for i in range(5):
+            sink.write(memoryview(bytes([i] * 100_000)))
+            await asyncio.sleep(0.01)
+        assert parts and not reading.done()
+        sink.close()
+        await reading
+
+    asyncio.run(asyncio.wait_for(work(), 30.0))
+    assert b"".join(parts) == b"".join(bytes([i] * 100_000) for i in range(5))
+
+
+def test_whoever_follows_a_file_that_is_abandoned_hears_of_it(tmp_path):
+    sink = FileSink(tmp_path / "v1" / "file")
+
+    async def work():
+        follow = sink.follow(3)
+        sink.write(memoryview(b"x" * 10_000))
+        assert await anext(follow)
+        sink.abandon()
+        with pytest.raises(OSError, match="file was never written to its end"):
+            async for _ in follow:
+                pass
+
+    asyncio.run(asyncio.wait_for(work(), 30.0))

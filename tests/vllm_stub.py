@@ -1,0 +1,153 @@
+"""A server that says what vLLM with `vllm_adapter` in it would say, without a model: for what servers do wrong.
+
+`Stub` runs in a thread; as a program it takes the place of `rollout.vllm.python`, and does what `spec.env` tells it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from jaxrl.rollout.vllm_adapter import GENERATE, INFO, RESET_CACHE, RPC, SEES, SET_VERSION, UPLOAD
+
+LOGPROB = -1.0  # of every token
+Reply = tuple[int, Any]  # status; JSON, or the text of a page
+
+
+class Stub:
+    """`answers` holds what replaces an answer: a route, or a method of the worker, to a function of the message."""
+
+    def __init__(self, port: int = 0):
+        self.label = ""
+        self.loaded: list[str] = []  # paths, in order
+        self.uploads: dict[str, bytes] = {}
+        self.num_answered = 0
+        self.pause_s = 0.0  # before an upload is read
+        self.answers: dict[str, Callable[[Any], Reply]] = {}
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
+        self._http.daemon_threads = True
+        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return self._http.server_address[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def answer(self, route: str, message: Any) -> Reply:
+        key = message["method"] if route == RPC else route
+        if key in self.answers:
+            return self.answers[key](message)
+        return self.usual(route, message)
+
+    def usual(self, route: str, message: Any) -> Reply:
+        if route == INFO:
+            return 200, {"vllm": "0.32.0", "device": "cpu", "dtype": "float32", "model": "stub"}
+        if route == SEES:
+            return 200, {"sees": False}
+        if route == RPC and message["method"] == "jaxrl_load":
+            path, manifest = message["args"]
+            self.loaded.append(path)
+            return 200, {"results": [{"loaded": manifest["version"], "digest": path}]}
+        if route == RPC:
+            return 200, {"results": [{}]}
+        if route == SET_VERSION:
+            self.label = message["new_version"]
+            return 200, {}
+        if route == RESET_CACHE:
+            return 200, {"success": True}
+        if route == GENERATE:
+            return 200, self.generated(message)
+        return 404, {}
+
+    def generated(self, message: Any) -> Any:
+        params, span = message["sampling_params"], [{"version": self.label, "start": 0, "end": 1}]
+        if "prompt_logprobs" in params:
+            rest = [{"5": {"logprob": LOGPROB}}] * (len(message["token_ids"]) - 1)
+            return {"prompt_logprobs": [None, *rest], "choices": [{"weight_versions": span}]}
+        self.num_answered += 1
+        tokens = [5] * params["max_tokens"]
+        content = [{"token_id": token, "logprob": LOGPROB} for token in tokens]
+        choice = {"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": "length"}
+        return {"choices": [choice | {"index": i, "weight_versions": span} for i in range(params["n"])]}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    stub: Stub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._reply(*self.stub.answer(self.path.partition("?")[0], None))
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self._reply(*self.stub.answer(self.path, json.loads(body) if body else None))
+
+    def do_PUT(self) -> None:
+        pieces = []
+        time.sleep(self.stub.pause_s)
+        while size := int(self.rfile.readline(), 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        if UPLOAD in self.stub.answers:
+            return self._reply(*self.stub.answer(UPLOAD, self.path))
+        self.stub.uploads[self.path] = b"".join(pieces)
+        self._reply(200, {"path": self.path})
+
+    def _reply(self, status: int, content: Any) -> None:
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html" if isinstance(content, str) else "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def stub_python(folder: Path) -> str:
+    """A program to name in `rollout.vllm.python`."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} "$3"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def main(given: str) -> None:
+    spec = json.loads(given)
+    if "REPORT" in spec["env"]:
+        Path(spec["env"]["REPORT"]).write_text(os.environ["PYTHONPATH"])
+    while not Path(spec["env"].get("WAIT_FOR", "/")).exists():
+        time.sleep(0.05)
+    stub = Stub(spec["port"])
+    poison = spec["env"].get("POISON")  # a token whose prompt ends the server
+
+    def generate(message: Any) -> Reply:
+        if "prompt_logprobs" not in message["sampling_params"] and str(message["token_ids"][0]) == poison:
+            os._exit(1)
+        return stub.usual(GENERATE, message)
+
+    stub.answers[GENERATE] = generate
+    while os.read(0, 1):
+        pass
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
