@@ -36,15 +36,16 @@ def main() -> None:
         sys.exit(f"error: {error}")
     with link:
         from jaxrl.rewards import RewardError
+        from jaxrl.rollout.engine import EngineLost
         from jaxrl.trainer import Trainer
 
         try:
             trainer = Trainer(c, link)
-        except ValueError as error:
+        except (ValueError, EngineLost) as error:
             sys.exit(f"error: {error}")
         try:
             trainer.fit()
-        except (ValueError, RewardError) as error:
+        except (ValueError, RewardError, EngineLost) as error:
             log = trainer.folder / "logs" / f"process_{link.process_id}.log"
             sys.exit(f"error: {error} ({log} holds the traceback)")
 
