@@ -24,7 +24,7 @@ from .rewards import Sample, Score, Scorer
 from .rollout.engine import Sampling
 from .rollout.turns import SEED_STRIDE
 
-MAX_FRUITLESS = 10  # batches of prompts without one group that teaches anything: it is the reward then, not chance
+MAX_FRUITLESS = 500  # prompts in a row without a group that teaches anything: it is the reward then, not chance
 log = logging.getLogger(__name__)
 
 
@@ -135,12 +135,11 @@ class Collector:
                     scores += [answered[3][b] for b in group]
             if len(prompts) == wanted:
                 break
-            fruitless = 0 if usable else fruitless + 1
-            if fruitless == MAX_FRUITLESS:
+            fruitless = 0 if usable else fruitless + len(answered[0])
+            if f.max_num_gen_batches == 0 and fruitless >= MAX_FRUITLESS:
                 raise ValueError(
-                    f"algorithm.filter_groups: in {fruitless} batches of prompts in a row all responses to each prompt had the "
-                    f"same {f.metric}, so that there is nothing to learn from: look at the reward (samples.jsonl), or take "
-                    "easier or harder problems"
+                    f"algorithm.filter_groups: of {fruitless} prompts in a row all responses to each had the same {f.metric}, "
+                    "so that there is nothing to learn from: look at the reward, or take easier or harder problems"
                 )
             log.info("%d of %d groups after %d batches of prompts", len(prompts), wanted, num_batches)
             if num_batches == f.max_num_gen_batches:

@@ -31,7 +31,9 @@ def start(place: Place | None, c: Config) -> Link:
     """
     t = c.trainer
     timeout_s, start_timeout_s = t.heartbeat_timeout_s, t.start_timeout_s
-    link = Link(place, heartbeat_timeout_s=timeout_s, step_timeout_s=t.step_timeout_s, start_timeout_s=start_timeout_s)
+    link = Link(
+        place, heartbeat_timeout_s=timeout_s, stall_timeout_s=t.stall_timeout_s, start_timeout_s=start_timeout_s
+    )
     if place is None:
         return link
     settings = flat(c)

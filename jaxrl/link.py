@@ -35,24 +35,24 @@ log = logging.getLogger(__name__)
 class Link:
     """This process among those of its run. Without a `place` it is alone, and every method does the obvious.
 
-    `heartbeat_timeout_s`: after that long a silence a process counts as dead. `step_timeout_s`: where for so long no step
-    has been finished by all, the one that has stood still the longest counts as dead (None: nobody looks).
+    `heartbeat_timeout_s`: after that long a silence a process counts as dead. `stall_timeout_s`: where for so long no process
+    has begun or finished anything, the one that has stood still the longest counts as dead (None: nobody looks).
     `start_timeout_s`: for so long the processes wait for each other at the start. Raises ValueError where they do not
     come together.
     """
 
     def __init__(
-        self, place: Place | None = None, *, heartbeat_timeout_s: float = 100, step_timeout_s: float | None = None,
+        self, place: Place | None = None, *, heartbeat_timeout_s: float = 100, stall_timeout_s: float | None = None,
         start_timeout_s: float = 300,
     ):  # fmt: skip
         self.process_id, self.num_processes = (0, 1) if place is None else (place.process_id, place.num_processes)
         self._peers: list[dict[str, Any]] = [_myself()]
         if place is None:
             return
-        self._place, self._timeout_s, self._step_timeout_s = place, heartbeat_timeout_s, step_timeout_s
+        self._place, self._timeout_s, self._stall_timeout_s = place, heartbeat_timeout_s, stall_timeout_s
         self._steps = [0] * place.num_processes  # finished last, by each process
         self._stages: list[tuple[str, float]] = [("the start", 0.0)] * place.num_processes  # and for how many seconds
-        self._same_step_s = 0.0  # since a step was finished by all
+        self._still_s = 0.0  # since any of them began or finished anything
         self._channels: dict[int, Channel] = {}  # process 0: to all others; the others: to process 0
         self._values: dict[int, asyncio.Queue[dict]] = {i: asyncio.Queue() for i in range(place.num_processes)}
         self._service_port = _free_port()  # of JAX's own coordinator, which listens to this host alone
@@ -269,8 +269,10 @@ class Link:
             if "lost" in message:
                 self._lose(message["lost"], message["reason"])
             elif "step" in message:
-                self._finished(process_id, message["step"])
-                self._stages[process_id] = tuple(message["at"])
+                stage, still_s = message["at"]
+                if message["step"] > self._steps[process_id] or still_s < self._stages[process_id][1]:
+                    self._still_s = 0.0
+                self._steps[process_id], self._stages[process_id] = message["step"], (stage, still_s)
             elif "what" in message:
                 self._values[process_id].put_nowait(message)
                 if not self.is_first and message["what"] == _END:
@@ -286,7 +288,7 @@ class Link:
         while not self._ended:
             stage, still_s = self._stages[self.process_id]
             self._stages[self.process_id] = stage, still_s + tick_s
-            self._same_step_s += tick_s
+            self._still_s += tick_s
             self._say_alive()
             self._look_for_one_that_hangs()
             for process_id, channel in self._channels.items():
@@ -296,29 +298,31 @@ class Link:
             await asyncio.sleep(tick_s)
 
     def _look_for_one_that_hangs(self) -> None:
-        limit = self._step_timeout_s
-        if not self.is_first or limit is None or self._same_step_s <= limit:
+        limit = self._stall_timeout_s
+        if not self.is_first or limit is None or self._still_s <= limit:
             return
-        stages = [still_s for _, still_s in self._stages]
-        hanging = stages.index(max(stages))  # the others went on to where they need it
+        stood_still = [still_s for _, still_s in self._stages]
+        hanging = stood_still.index(max(stood_still))  # the others went on to where they need it
         stage, still_s = self._stages[hanging]
+        alike = (
+            ""
+            if len({stage for stage, _ in self._stages}) > 1
+            else " (and so have all others, so it may be one of them)"
+        )
         self._lose(
             hanging,
-            f"has been at {stage!r} for {still_s:.0f} s, and no step was finished for {limit:g} s "
-            "(trainer.step_timeout_s)",
+            f"has been at {stage!r} for {still_s:.0f} s{alike}, and nobody began or finished anything for {limit:g} s "
+            "(trainer.stall_timeout_s)",
         )
 
     def _note(self, stage: str) -> None:
         self._stages[self.process_id] = stage, 0.0
-
-    def _finished(self, process_id: int, step: int) -> None:
-        before, self._steps[process_id] = min(self._steps), step
-        if min(self._steps) > before:
-            self._same_step_s = 0.0
+        self._still_s = 0.0
 
     def _say_alive(self, step: int | None = None) -> None:
         if step is not None:
-            self._finished(self.process_id, step)
+            self._steps[self.process_id] = step
+            self._still_s = 0.0
         mine = {"step": self._steps[self.process_id], "at": self._stages[self.process_id]}
         message = {"steps": self._steps} if self.is_first else mine
         for channel in self._channels.values():

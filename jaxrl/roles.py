@@ -19,7 +19,7 @@ from .algorithms.choose import choose
 from .algorithms.kl import KL_ESTIMATORS
 from .algorithms.losses import POLICY_LOSSES
 from .compression import abstract_residual
-from .config import Config, MeshSection, Model, Optim
+from .config import Config, MeshSection, Model, Optim, check_micro_batch
 from .models import decoder
 from .models.config import ModelConfig
 from .offload import waiting
@@ -107,7 +107,7 @@ class Roles:
             return
         model = computed(c.model, c.ref.compute_dtype)
         plain = model_config(model, self.source.hf_config)
-        self.ref_source = self.source if c.ref.path is None else find(c.ref.path)
+        self.ref_source = self.source if c.ref.path is None else with_adapter_merged(find(c.ref.path))
         if model_config(model, self.ref_source.hf_config) != plain:
             raise ValueError(f"ref.path {c.ref.path} is not of the shape of model.path {self.source.name}")
         packed = self.model.packed
@@ -124,6 +124,7 @@ class Roles:
             self.ref_abstract = {**self.ref_abstract, "params": waiting(self.ref_abstract["params"])}
 
     def _describe_critic(self, c: Config, steps: int, find: Callable[[str], Pretrained]) -> None:
+        check_micro_batch(c, "critic")
         self.critic_source = self.source if c.critic.path is None else with_adapter_merged(find(c.critic.path))
         layers = {} if c.critic.num_layers is None else {"num_layers": c.critic.num_layers}
         config = model_config(

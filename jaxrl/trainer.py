@@ -70,7 +70,8 @@ class Trainer:
 
     Objects may stand in for what the config names: `model`, a live torch model of transformers or PEFT (or a path);
     `tokenizer`; `train_dataset` and `val_dataset`, a `datasets.Dataset` or a list of dicts; `reward`, a function in any
-    form of `rewards/custom.py`, called in this process and added to the rewards of the config.
+    form of `rewards/custom.py`, called in this process and added to the rewards of the config. `trains=False` is for who
+    looks at engine and policy alone (`doctor`), and spares the updates' compilation.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Trainer:
         train_dataset: Any = None,
         val_dataset: Any = None,
         reward: Callable[..., Any] | None = None,
+        trains: bool = True,
     ):
         config_module.check_sources(
             config, model=model is not None, train_dataset=train_dataset is not None, reward=reward is not None
@@ -116,8 +118,9 @@ class Trainer:
         self.scorer = self._make_scorer(reward)
         self.compiles = CompileCounter()
         self.roles = Roles(c, self.mesh, self.source, steps=self.steps)
-        check_fits(c, self.roles, self.reward_model, num_val=0 if self.val is None else len(self.val))
-        check_updates_fit(c, self.roles, self.reward_model)
+        check_fits(c, self.roles, self.reward_model)
+        if trains and (self.start is None or self.start[1] < self.steps):
+            check_updates_fit(c, self.roles, self.reward_model)
         if self.reward_model is not None:
             self.reward_model.load()
         self.roles.load(resumed=self.start is not None)
@@ -148,18 +151,25 @@ class Trainer:
         if saved.exists() and (changed := config_module.differences(self.config, saved)):
             raise ValueError(f"{self.folder} holds a run with other settings ({'; '.join(changed[:3])}): {other_name}")
         own, latest = self.folder / "checkpoints", self.checkpoints.latest()
-        named = _checkpoint_named(t.resume_from_path) if t.resume_mode == "resume_path" else None
-        if named is not None and Path(named[0]).resolve() == own.resolve():
-            return named  # back to an earlier step of this run
-        if t.resume_mode != "disable" and latest is not None:
-            return str(own), latest  # of a run that began from a path, too: the same command goes on with it
+        path = Path(str(t.resume_from_path)).expanduser() if t.resume_mode == "resume_path" else None
+        goes_back = path is not None and path.parent.resolve() == own.resolve() and not self._went_back_to(path)
+        if t.resume_mode != "disable" and latest is not None and not goes_back:
+            return str(own), latest  # of a run that began from a path or went back to it, too
         left = [
             name for name in ("checkpoints", "metrics.jsonl", "samples.jsonl", "hf") if (self.folder / name).exists()
         ]
-        if left and (t.resume_mode == "disable" or "hf" in left):
+        if left and not goes_back and (t.resume_mode == "disable" or "hf" in left):
             why = "trainer.resume_mode is disable" if latest is not None else "there is no checkpoint to go on from"
             raise ValueError(f"{self.folder} already holds a run ({', '.join(left)}), and {why}: {other_name}")
-        return named
+        return None if path is None else _checkpoint_named(path)
+
+    @property
+    def _back_file(self) -> Path:
+        """Holds the checkpoint of this run that it went back to: the same command goes on from there, not back again."""
+        return self.folder / "went_back_to.txt"
+
+    def _went_back_to(self, path: Path) -> bool:
+        return self._back_file.exists() and self._back_file.read_text() == str(path.resolve())
 
     def _tokenizer(self, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """The tokenizer that was handed over, which is then exported too, or the model's own."""
@@ -333,6 +343,8 @@ class Trainer:
         if self.link.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             config_module.save(c, self.folder / "config.yaml")
+            if c.trainer.resume_mode == "resume_path":
+                self._back_file.write_text(str(Path(str(c.trainer.resume_from_path)).expanduser().resolve()))
         run = Run(self.folder, c.trainer.project_name, c.trainer.experiment_name, config_module.to_dict(c),
                   c.trainer.total_epochs, self.steps, first + 1 if first else 0)  # fmt: skip
         values, step, stop, saving = {}, first, False, Timer(self.link.at)
@@ -453,9 +465,8 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str
     return tuple(sorted(stops if own is None else stops | {own}))
 
 
-def _checkpoint_named(path: str | None) -> tuple[str, int]:
+def _checkpoint_named(folder: Path) -> tuple[str, int]:
     """The folder's folder and the step of trainer.resume_from_path."""
-    folder = Path(str(path)).expanduser()
     match = re.fullmatch(r"global_step_(\d+)", folder.name)
     if not match or not folder.is_dir():
         raise ValueError(f"trainer.resume_from_path {folder} is not a checkpoint folder global_step_<n>")

@@ -25,7 +25,7 @@ def main() -> None:
         c = config.load(args.config, [*args.overrides, *overrides])
         from jaxrl.trainer import Trainer  # JAX starts only once the config holds together
 
-        agree = examine(Trainer(c))
+        agree = examine(Trainer(c, trains=False))
     except (ValueError, EngineLost) as error:
         named = folder in str(error)  # the log of a server, which is then left for who reads this
         sys.exit(f"error: {error}")

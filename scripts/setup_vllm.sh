@@ -35,9 +35,10 @@ if [[ ! -x "$folder/bin/python" || "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]
             "it: name a new folder" >&2
         exit 2
     fi
-    rm -f "$stamp"
-    "$python" -m venv --clear "$folder"
+    rm -rf "$folder"
+    mkdir -p "$folder"
     touch "$mark"
+    "$python" -m venv "$folder"
     # The CPU file lists every package, so nothing is resolved: a resolver would bring builds for CUDA that break it.
     resolve=()
     [[ "$kind" == cpu ]] && resolve=(--no-deps)

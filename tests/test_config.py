@@ -344,6 +344,19 @@ def test_differences_name_what_changes_the_run_and_let_pass_what_does_not(file, 
     ]  # fmt: skip
 
 
+def test_a_run_from_before_a_setting_was_there_goes_on(file, tmp_path):
+    c, saved = load(file), tmp_path / "saved.yaml"
+    save(c, saved)
+    tree = yaml.safe_load(saved.read_text())
+    del tree["actor"]["param_dtype"], tree["trainer"]["stall_timeout_s"], tree["algorithm"]["filter_groups"]
+    tree["critic"] |= {"ppo_epochs": 1, "loss_agg_mode": "token-mean"}  # what None stands for
+    saved.write_text(yaml.safe_dump(tree))
+    assert differences(c, saved) == []
+    assert differences(load(file, ["actor.param_dtype=bfloat16"]), saved) == [
+        "actor.param_dtype was 'float32' and is 'bfloat16'"
+    ]
+
+
 def test_what_may_change_exists():
     for key in [*MAY_CHANGE, *CHOICES]:
         assert _exists(key), key

@@ -273,7 +273,7 @@ import sys, time
 from jaxrl.cluster import Place
 from jaxrl.link import Link
 place, hanging = Place(sys.argv[1], 3, int(sys.argv[2])), int(sys.argv[3])
-with Link(place, heartbeat_timeout_s=20, step_timeout_s=6, start_timeout_s=30) as link:
+with Link(place, heartbeat_timeout_s=20, stall_timeout_s=6, start_timeout_s=30) as link:
     for step in range(1, 4):  # each shorter than the limit, together longer
         time.sleep(2.5)
         link.finished(step)

@@ -138,11 +138,8 @@ def test_a_validation_set_is_planned_as_it_is_decoded_and_not_as_a_step_is():
     assert rows["gen/begin"] == rows["gen/decode"] == (1, 32)  # a step has 32 prompts
     assert rows["val/begin"] == rows["val/keep"] == rows["val/decode"] == (0, 64)
 
-    def cache(num_val: int | None) -> int:
-        (need,) = (need for need in check.least_memory(c, roles, num_val=num_val) if need.when == "generation")
-        return need.parts["KV cache"]
-
-    assert cache(None) == cache(1000) == 2 * cache(20) == 2 * cache(0)  # the trainer knows how many prompts there are
+    without = config(rollout={"max_num_seqs": 64})  # answers to it may be short: nothing is refused for them
+    assert check.least_memory(c, roles) == check.least_memory(without, roles_of(without, make_mesh(2, 2, 2)))
 
 
 def test_a_reward_model_is_planned_and_is_in_the_check_before_a_weight_is_read():

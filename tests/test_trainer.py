@@ -194,6 +194,13 @@ def test_a_run_that_began_from_a_checkpoint_is_started_again_and_goes_back_in_it
     other = run(settings("branch", **back, trainer__total_training_steps=3))
     assert [row["step"] for row in other] == [2, 3]
     assert [numbers_of(row) for row in other] == [numbers_of(row) for row in again[:2]]
+    on = run(
+        settings("branch", **back, trainer__total_training_steps=4)
+    )  # the same command goes on, and not back again
+    assert "Going on after step 3 of 4" in capsys.readouterr().out
+    assert [numbers_of(row) for row in on] == [numbers_of(row) for row in again]
+    shutil.rmtree(tmp_path / "origin")  # what a run began from is needed no more
+    run(settings("branch", **named, trainer__total_training_steps=4))
 
 
 def test_the_actor_and_its_learning_rate_begin_when_the_critic_has_warmed_up(settings):
@@ -381,7 +388,7 @@ def test_a_users_estimator_that_names_values_gets_a_critic(settings, tmp_path):
 
 MINE = """
 def loss(logprobs, advantages): ...
-def estimator(rewards, mask, group, values): ...
+def estimator(rewards): ...
 def rows():
     row = {}
     yield {"prompt": row["question"]}

@@ -40,6 +40,8 @@ class Weights:
     async def place(self, server: Server) -> str:
         return f"/exports/v{self.version}"
 
+    def anew(self, server: Server) -> None: ...
+
 
 def at(*urls: str) -> list[Server]:
     return [Server(f"server {url}", "key", url, None) for url in urls]

@@ -6,7 +6,10 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -20,11 +23,13 @@ from jaxrl.models.decoder import init_params
 from jaxrl.parallel import make_mesh
 from jaxrl.roles import model_config
 from jaxrl.rollout.engine import Sampling
+from jaxrl.rollout.protocol import Refused
 from jaxrl.rollout.vllm_adapter import SEES, UPLOAD
 from jaxrl.rollout.vllm_engine import VllmEngine
-from jaxrl.rollout.vllm_pool import DEAD, SERVING
+from jaxrl.rollout.vllm_pool import DEAD, SERVING, Server
+from jaxrl.rollout.vllm_publication import Publication
 from jaxrl.weights.pretrained import open_pretrained
-from jaxrl.weights.sync import FileSink
+from jaxrl.weights.sync import FileSink, model_export
 
 MODEL = Path(__file__).parent / "data" / "hf_torch" / "llama32-tied"
 PROMPTS = [Prompt([3 + i, 5], "", "", None, {}, None, i) for i in range(8)]
@@ -199,6 +204,30 @@ def test_uploads_to_more_servers_than_asyncio_has_threads_do_not_wait_for_each_o
         engine.close()
         for stub in many:
             stub.close()
+
+
+def test_whoever_waits_for_an_upload_hears_when_another_version_has_followed(engine_of, tmp_path):
+    """A server that has started again would wait for ever, and nobody would bring it the version of now."""
+    engine = engine_of(urls=("http://127.0.0.1:9",))
+    make = partial(model_export, "run", 3, weights(engine, 3), engine.config, "float32")
+
+    async def http(server: Server) -> str:
+        return "http"
+
+    async def wait() -> None:
+        server = Server("server", "key", "http://127.0.0.1:9", None)
+        server.client = cast(Any, SimpleNamespace(upload=lambda *args, **kwargs: asyncio.sleep(60)))
+        publication = Publication(
+            make, [1], [], asyncio.get_running_loop(), engine.config, adapter_of=None, transports=http, timeout_s=5.0
+        )
+        await asyncio.to_thread(publication.send, {"disk": tmp_path / "published"}, [])
+        waiting = asyncio.ensure_future(publication.place(server))
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(publication.forget)
+        with pytest.raises(Refused, match="version 3 of the weights has been followed by another"):
+            await waiting
+
+    asyncio.run(asyncio.wait_for(wait(), 20))
 
 
 def test_why_an_upload_failed_is_said_and_the_others_go_on(stubs, engine_of):

@@ -83,6 +83,12 @@ def test_fp8_blocks_at_the_edge_are_smaller(tmp_path):
         (lambda t: t.update({"y.weight": np.ones((6, 6), ml_dtypes.float8_e4m3fn)}), r"not its scales y\.weight_scale"),
         (
             lambda t: t.update({
+                "y.weight": np.ones((6, 6), ml_dtypes.float8_e4m3fn), "y.weight_scale": np.ones(6, np.float32),
+            }),
+            r"y\.weight in FP8 with its scales under y\.weight_scale, a format that is not read",
+        ),
+        (
+            lambda t: t.update({
                 "y.weight": np.ones((6, 6), ml_dtypes.float8_e4m3fn), "y.weight_scale_inv": np.ones((4, 1), np.float32),
             }),
             r"y\.weight: 6 rows or columns cannot be cut into 4 blocks",

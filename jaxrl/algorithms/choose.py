@@ -38,15 +38,15 @@ def choose(table: Mapping[str, Callable], name: str | Callable, what: str, *, ta
 
 
 def _check_takes(function: Callable, takes: Sequence[str], what: str) -> None:
-    signature = inspect.signature(function)
-    try:
-        needed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-        signature.replace(parameters=needed).bind(*takes)
-    except TypeError:
+    signature, kinds = inspect.signature(function), inspect.Parameter
+    kind_of = [p.kind for p in signature.parameters.values()]
+    has_room = kinds.VAR_POSITIONAL in kind_of
+    leading = [kind for kind in kind_of if kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    if not has_room and len(leading) < len(takes):  # what comes after these is given by name, as `bind` does
         raise ValueError(
-            f"{what} has the parameters {signature}: it is called with ({', '.join(takes)}), and with those keywords that it "
-            "names after a `*`"
-        ) from None
+            f"{what} has the parameters {signature}: it is called with ({', '.join(takes)}), and with the keywords that it "
+            "names beside these"
+        )
 
 
 @cache

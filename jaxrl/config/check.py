@@ -65,7 +65,7 @@ RANGES: dict[str, dict[str, tuple[str, ...]]] = {
     "critic": {POSITIVE: ("ppo_epochs", "ppo_max_token_len_per_gpu", "num_layers", "cliprange_value")},
     "trainer": {
         POSITIVE: ("total_epochs", "total_training_steps", "row_length", "start_timeout_s", "heartbeat_timeout_s",
-                   "step_timeout_s"),
+                   "stall_timeout_s"),
         NOT_NEGATIVE: ("critic_warmup",),
     },
 }  # fmt: skip
@@ -117,12 +117,7 @@ def check(c: Config) -> None:
             f"trainer.row_length {c.row_length} is shorter than data.max_prompt_length + data.max_response_length = "
             f"{c.max_length}: raise it or leave it out"
         )
-    for role in ("actor", "critic"):
-        if (most := value_of(c, f"{role}.ppo_max_token_len_per_gpu")) < c.row_length:
-            raise ValueError(
-                f"{role}.ppo_max_token_len_per_gpu {most} is less than a packed row, of {c.row_length} tokens: raise it, or "
-                f"lower trainer.row_length (at least {c.max_length}, the longest sequence)"
-            )
+    check_micro_batch(c, "actor")
     if c.model.attention == "splash" and c.trainer.share_prompt and c.rollout.n > 1:
         raise ValueError(
             "model.attention splash cannot share a prompt between responses: set trainer.share_prompt=false"
@@ -148,6 +143,15 @@ def check(c: Config) -> None:
         raise ValueError(f"model.lora_targets {list(c.model.lora_targets)} must be some of {', '.join(LORA_TARGETS)}")
     if c.model.lora_rank and c.model.lora_alpha <= 0:
         raise ValueError(f"model.lora_alpha {c.model.lora_alpha} must be above 0")
+
+
+def check_micro_batch(c: Config, role: str) -> None:
+    """Raises ValueError where no packed row fits a micro-batch of the role: the critic is asked where there is one."""
+    if (most := value_of(c, f"{role}.ppo_max_token_len_per_gpu")) < c.row_length:
+        raise ValueError(
+            f"{role}.ppo_max_token_len_per_gpu {most} is less than a packed row, of {c.row_length} tokens: raise it, or "
+            f"lower trainer.row_length (at least {c.max_length}, the longest sequence)"
+        )
 
 
 def _check_range(key: str, value: float | None, words: str) -> None:

@@ -46,7 +46,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _with_bands_as_text(text: str) -> str:
     """`..._threshold: 0.5_2` means a band, and YAML reads the number 0.52 (an underscore may group its digits)."""
-    return re.sub(r"(_threshold\s*[:=]\s*)([\d.]+_[\d.]+)", r'\1"\2"', text)
+    band = r"[\d.]+_[\d.]+"
+    return re.sub(rf"(_threshold\s*[:=]\s*)({band}(?:,{band})*)", r'\1"\2"', text)
 
 
 def _with_override(given: Any, override: str) -> Any:

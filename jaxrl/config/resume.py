@@ -36,7 +36,7 @@ MAY_CHANGE = {
     "trainer.run_dir",
     "trainer.start_timeout_s",
     "trainer.heartbeat_timeout_s",
-    "trainer.step_timeout_s",
+    "trainer.stall_timeout_s",
     "rollout.max_num_seqs",
     "rollout.max_probs_diff",
     "rollout.tensor_model_parallel_size",
@@ -47,7 +47,13 @@ MAY_CHANGE_WHOLLY = ("rollout.vllm", "mesh", "critic.mesh", "ref.mesh", "reward.
 def differences(c: Config, saved: Path) -> list[str]:
     """The settings in which `c` is not the run that `saved` (its config.yaml) describes, but for what `MAY_CHANGE`."""
     theirs = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
+    for key, value in flat(Config()).items():  # a setting that is new since the run began had this value without saying
+        if key not in theirs and not any(name.startswith(f"{key}.") for name in theirs):
+            theirs[key] = value
     ours = flat(c)
+    for settings in (theirs, ours):
+        for name in ("ppo_epochs", "loss_agg_mode"):
+            settings[f"critic.{name}"] = settings[f"critic.{name}"] or settings[f"actor.{name}"]
     return [
         f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
         for key in sorted(theirs.keys() | ours.keys())

@@ -227,7 +227,7 @@ class Actor:
     ppo_mini_batch_size: int = 256  # prompts
     ppo_max_token_len_per_gpu: int = 16384  # tokens of a micro-batch on one device
     offload: tuple[str, ...] = ()  # what waits in host memory: optimizer, params
-    param_dtype: str = "float32"  # of trained weights and their gradients; bfloat16: half of it, rounded stochastically
+    param_dtype: str = "float32"  # of trained weights (bfloat16: rounded stochastically) and the sum of their gradients
     optim: Optim = field(default_factory=Optim)
 
 
@@ -277,9 +277,8 @@ class TrainerSection:
     seed: int = 1
     start_timeout_s: float = 300.0  # for so long processes wait for each other at the start
     heartbeat_timeout_s: float = 100.0  # a process that is silent for so long is dead, and the others end
-    step_timeout_s: float | None = (
-        7200.0  # of several processes: no step finished for so long, and all end; None: no limit
-    )
+    # Of several processes: none begins or ends a stage for so long, and all end; None: nobody looks.
+    stall_timeout_s: float | None = 7200.0
     logger: tuple[str, ...] = ("console", "jsonl")
 
 

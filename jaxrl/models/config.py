@@ -227,12 +227,13 @@ class ModelConfig:
                 f"config.json asks for architectures {config.get('architectures')}"
             )
         try:
-            return cls._of_family(name, config, run)
+            model = cls._of_family(name, config)
         except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"config.json describes no {name} ({error!r}): fetch it again") from error
+        return replace(model, **run)
 
     @classmethod
-    def _of_family(cls, name: str, config: Mapping[str, Any], run: Mapping[str, Any]) -> ModelConfig:
+    def _of_family(cls, name: str, config: Mapping[str, Any]) -> ModelConfig:
         family = FAMILIES[name]
 
         def get(key: str, default: Any = None) -> Any:
@@ -274,7 +275,7 @@ class ModelConfig:
             switches["embed_scale"] = math.sqrt(hidden)
         interleaved = switches.pop("rope_interleaved", False)
         model = replace(model, **switches)
-        return replace(_with_layers(model, config, get, interleaved), **run)
+        return _with_layers(model, config, get, interleaved)
 
 
 def _size(get: Get, key: str, default: Any = None) -> int:

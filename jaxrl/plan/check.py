@@ -36,19 +36,19 @@ class Need(NamedTuple):
         return sum(self.parts.values())
 
 
-def least_memory(
-    c: Config, roles: Roles, reward: RewardModel | None = None, *, num_val: int | None = None
-) -> list[Need]:
-    """Of generation, and of the updates of critic and actor. `num_val`: as `programs.batches_of` takes it."""
+def least_memory(c: Config, roles: Roles, reward: RewardModel | None = None) -> list[Need]:
+    """Of generation in training, and of the updates of critic and actor.
+
+    Validation and later turns may ask for more, or for less: answers are shorter than they may be, and a cache grows as
+    it is needed. A plan has them at their largest.
+    """
     run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
     resident = lying(run)[0]
     needs = []
     if c.rollout.engine == "jax":
         engine = engine_of(c, roles)
         resident["weights of the engine"] = bytes_of(lowered_publication(engine, roles).out_info)
-        batches = batches_of(c, num_val)
-        batches.pop("turns", None)  # which may be shorter
-        cache = max(cache_bytes(engine, batch.largest(engine)) for batch in batches.values())
+        cache = cache_bytes(engine, batches_of(c)["gen"].largest(engine))
         needs.append(Need("generation", resident | {"KV cache": cache}))
     for role in ("critic", "actor"):
         if role in resident:
@@ -57,9 +57,9 @@ def least_memory(
     return needs
 
 
-def check_fits(c: Config, roles: Roles, reward: RewardModel | None = None, *, num_val: int | None = None) -> None:
+def check_fits(c: Config, roles: Roles, reward: RewardModel | None = None) -> None:
     """Raises ValueError, with what lies where and what to change, for a run that cannot fit on the mesh's devices."""
-    _refuse(roles, least_memory(c, roles, reward, num_val=num_val))
+    _refuse(roles, least_memory(c, roles, reward))
 
 
 def check_updates_fit(c: Config, roles: Roles, reward: RewardModel | None = None) -> None:

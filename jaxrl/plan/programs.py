@@ -222,18 +222,18 @@ class Batch(NamedTuple):
         return engine.largest(*self)
 
 
-def batches_of(c: Config, num_val: int | None = None) -> dict[str, Batch]:
+def batches_of(c: Config) -> dict[str, Batch]:
     """What the engine is asked in training (`gen`), in validation (`val`) and in later turns (`turns`).
 
-    `num_val` is the number of validation prompts; None: as many as decode together, if there are any.
+    How many prompts there are to validate nobody knows: as many as decode together.
     """
     d, most = c.data, c.data.max_response_length
     batches = {
         "gen": Batch(d.train_batch_size, d.max_prompt_length, sampling_of(c.rollout, max_tokens=most, stop_ids=()))
     }
-    if num_val or (num_val is None and d.val_files is not None):
+    if d.val_files is not None:
         sampling = sampling_of(c.rollout.val_kwargs, max_tokens=most, stop_ids=())
-        batches["val"] = Batch(num_val, d.max_prompt_length, sampling)
+        batches["val"] = Batch(None, d.max_prompt_length, sampling)
     if c.rollout.multi_turn.function is not None:  # every response is a prompt of its own there
         counts = [b.num_prompts * b.sampling.n for b in batches.values() if b.num_prompts is not None]
         count = max(counts) if len(counts) == len(batches) else None

@@ -58,6 +58,7 @@ class VllmEngine:
         self.version = -1
         self._link = Link() if link is None else link
         self._publication: Publication | None = None
+        self._folders: dict[str, Path] = {}  # in which it lies, by transport
         self._forgetting: threading.Thread | None = None  # the publication before
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
         num = min(PROBE_TOKENS, max_model_len - 1)
@@ -149,7 +150,8 @@ class VllmEngine:
         self._uploads = [s for s, name in transports.items() if name == "http" and s.state != STARTING]
         names = set(transports.values()) - {"http"}
         if not names:  # for uploads alone: in memory where two versions have room, else on the disk of the run
-            has_room = os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2 * num_bytes
+            needed = num_bytes if "shm" in self._folders else 2 * num_bytes  # the version of now lies there already
+            has_room = _sees_shm() and shutil.disk_usage("/dev/shm").free > needed
             names = {"shm" if has_room else "disk"}
         self._folders = {name: self._parent(name) for name in names}
 
@@ -192,6 +194,8 @@ class VllmEngine:
             return self.settings.transport
         if server.process is not None:
             return "shm"
+        if not _sees_shm():
+            return "http"
         assert server.client is not None
         return "shm" if await server.client.sees(str(self._parent("shm"))) else "http"
 
@@ -253,6 +257,10 @@ def _probe_logprobs(config: ModelConfig, variables: Tree, tokens: jax.Array, len
         hidden, head_table(config, params), positions[:, :-1], tokens[:, 1:], length - 1,
         bias=head_bias(config, params), softcap=config.logit_softcap,
     )[0]  # fmt: skip
+
+
+def _sees_shm() -> bool:
+    return os.access("/dev/shm", os.W_OK)
 
 
 def _seed(seed: int, prompt: int) -> int:

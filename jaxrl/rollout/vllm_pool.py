@@ -43,8 +43,11 @@ class Publication(Protocol):
     is_adapter: bool
 
     async def place(self, server: Server) -> str:
-        """Bring the export to where the server can read it; its path there."""
+        """Bring the export to where the server can read it; its path there. Refused, where it is followed by another."""
         ...
+
+    def anew(self, server: Server) -> None:
+        """The server has thrown it away, and is to be brought it again."""
 
 
 @dataclass(frozen=True)
@@ -343,6 +346,7 @@ class Pool:
             server.label = None  # it answers nothing until there are weights that all take
             return
         gone = server.gone
+        self.current.anew(server)
         try:
             await self._replace(server)
         except Refused as error:

@@ -19,7 +19,7 @@ from ..models.config import ModelConfig
 from ..weights.peft_tree import write_adapter_config
 from ..weights.sync import PIECE, Export, FileSink
 from .protocol import Refused
-from .vllm_pool import Server
+from .vllm_pool import DEAD, STARTING, Server
 
 _numbers = itertools.count()
 
@@ -39,6 +39,7 @@ class Publication:
         self._transports, self._timeout_s = transports, timeout_s
         self._name = f"v{self.manifest.version}"
         self._folder = f"{self._name}-{next(_numbers)}"  # of its own, also where a version is published again
+        self._is_forgotten = False
         self._files: dict[str, FileSink] = {}  # by transport
         self._uploads: dict[asyncio.Event, asyncio.Task[str]] = {}  # by the start of the server that is sent it
 
@@ -53,7 +54,7 @@ class Publication:
                 if self._adapter_of is not None:
                     write_adapter_config(folder, self._config, self._adapter_of)
             for server in servers:
-                self._loop.call_soon_threadsafe(self._upload, server)
+                self._loop.call_soon_threadsafe(self._begin, server)
             export.send(list(self._files.values()))
             if export.not_finite:
                 raise Refused(
@@ -75,7 +76,21 @@ class Publication:
         transport = await self._transports(server)
         if transport in self._files:
             return str(self._files[transport].path)
-        return await self._upload(server)
+        try:
+            return await asyncio.shield(self._upload(server))
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if not self._is_forgotten or (task is not None and task.cancelling()):
+                raise
+            raise Refused(f"version {self.manifest.version} of the weights has been followed by another") from error
+
+    def anew(self, server: Server) -> None:
+        """The server has taken another version since, and has thrown this one away."""
+        self._uploads.pop(server.gone, None)
+
+    def _begin(self, server: Server) -> None:
+        if server.state not in (STARTING, DEAD):  # one that was lost meanwhile gets it when it has started again
+            self._upload(server)
 
     def _upload(self, server: Server) -> asyncio.Task[str]:
         """The path on the server, when all of it is there; one upload for each start of a server."""
@@ -93,6 +108,7 @@ class Publication:
         return await client.upload(f"{self._name}/{file.path.name}", file.follow(PIECE), timeout_s=self._timeout_s)
 
     def forget(self) -> None:
+        self._is_forgotten = True
         for upload in list(self._uploads.values()):
             self._loop.call_soon_threadsafe(upload.cancel)
         for file in self._files.values():

@@ -45,6 +45,11 @@ def _is_scale(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def _scales(tensors: Mapping[str, StoredTensor], folder: Path, name: str, scales: str) -> StoredTensor:
+    if f"{name}_scale" in tensors:
+        raise ValueError(
+            f"{folder} holds {name} in FP8 with its scales under {name}_scale, a format that is not read: take the model's "
+            "original weights"
+        )
     if scales not in tensors:
         raise ValueError(f"{folder} holds {name} and not its scales {scales}: fetch the checkpoint again")
     return tensors[scales]

@@ -70,11 +70,11 @@ def _download(model_id: str) -> Path:
     failures = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError)
     try:
         stored = HfApi().list_repo_files(model_id)
-        wanted = [glob.escape(name) for name in _wanted(stored)]
+        wanted, unwanted = [glob.escape(name) for name in _wanted(stored)], None
     except failures:  # without a network, what was fetched before is taken; without that, the next call says why
-        wanted = [*_HUB_FILES, *_HUB_WEIGHTS]
+        wanted, unwanted = [*_HUB_FILES, *_HUB_WEIGHTS], ["*/*", _HUB_SKIPPED]
     try:
-        folder = snapshot_download(model_id, allow_patterns=wanted)
+        folder = snapshot_download(model_id, allow_patterns=wanted, ignore_patterns=unwanted)
     except failures as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

@@ -101,6 +101,7 @@ def _merged_source(name: str, adapter: Adapter, options: Options) -> Source:
         checkpoint, hf_config, companions = model.checkpoint, model.hf_config, model.write_companions
     else:
         checkpoint, hf_config = _unpacked(open_checkpoint(base), load_hf_config(base), options)
+        hf_config = as_flax_reads_it(checkpoint, hf_config)
         companions = partial(copy_companions, base)
     checkpoint, hf_config = merged(checkpoint, adapter, hf_config)
     options = replace(options, head=options.head or adapter.config.head)
@@ -125,7 +126,7 @@ class _Run:
         opened = open_pretrained(model)
         self.base_name = model if opened.adapter is None else opened.base
         self.base = resolve(self.base_name)
-        self.hf_config = load_hf_config(self.base)
+        self.hf_config = opened.hf_config
         self.params = arrays_under(self.arrays, f"{options.role}.trained.params.")
         self._lora = arrays_under(self.arrays, f"{options.role}.trained.lora.")
         self._settings = settings
@@ -229,7 +230,7 @@ def which_head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], options: Op
                 "name it by head_path (--head-path)"
             )
         return "lm", {}
-    if not architectures and found.path in ("score", "classifier"):  # of a family that has no such class
+    if architectures == [] and found.path in ("score", "classifier"):  # of a family that has no such class
         is_classifier = True
     is_tied = ModelConfig.from_hf(hf_config).tie_embeddings
     has_output = is_tied or any(name.startswith(OUTPUTS) for name in checkpoint.tensors)
