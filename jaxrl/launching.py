@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .link import PEER_LOST
 from .preemption import EXIT_CODE as PREEMPTED
@@ -89,15 +89,26 @@ class Member:
         return f"ended with exit code {code}"
 
 
-def wait(members: Sequence[Member]) -> int:
-    """Until all have ended. Returns the exit code of the run: of the one that was the reason, or 0."""
+def wait(starting: Iterable[Member]) -> int:
+    """Start them, and wait until all have ended. Returns the exit code of the run: of the one that was the reason, or 0.
+
+    `starting` is best a generator: a signal that comes while they start is then handed on to each of them.
+    """
+    members: list[Member] = []
+    asked = False
 
     def hand_on(signum: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
         for member in members:
             member.ask_to_end()
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, hand_on)
+    for member in starting:
+        members.append(member)
+        if asked:
+            member.ask_to_end()
     deadline = None
     ended: list[Member] = []  # in their order
     while len(ended) < len(members):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 GROUP = """
 import sys
 from jaxrl.launching import Member, wait
-sys.exit(wait([Member(str(i), f"process {i}", ["bash", "-c", code]) for i, code in enumerate(sys.argv[1:])]))
+sys.exit(wait(Member(str(i), f"process {i}", ["bash", "-c", code]) for i, code in enumerate(sys.argv[1:])))
 """
 
 

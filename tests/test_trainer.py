@@ -277,7 +277,7 @@ CHOICES = {
     },
     "ppo in two epochs with bypass and an unshared prompt": {
         "actor__ppo_epochs": 2, "algorithm__rollout_correction": {"bypass_mode": True}, "trainer__share_prompt": False,
-        "actor__entropy_coeff": 0.01, "trainer__critic_warmup": 1,
+        "actor__entropy_coeff": 0.01, "trainer__critic_warmup": 2,
     },
     "all that can wait in host memory, on a mesh, and generation in another layout": {
         "actor__offload": ["optimizer", "params"], "critic__offload": ["optimizer", "params"], "ref__offload": ["params"],

@@ -11,6 +11,7 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxrl.launching import Member, wait
@@ -18,9 +19,8 @@ from jaxrl.launching import Member, wait
 SCRIPTS = Path(__file__).resolve().parents[1]
 
 
-def start(n: int, devices: int | None, port: int | None, arguments: list[str]) -> list[Member]:
+def start(n: int, devices: int | None, port: int | None, arguments: list[str]) -> Iterator[Member]:
     port = port or _free_port()
-    members = []
     for i in range(n):
         environment = dict(os.environ)
         if devices is not None:  # of a CPU they are virtual, of accelerators each process has its own part
@@ -31,8 +31,7 @@ def start(n: int, devices: int | None, port: int | None, arguments: list[str]) -
         script = SCRIPTS / ("launch/host.py" if i == 0 else "train.py")
         place = ["--coordinator", f"127.0.0.1:{port}", "--process-id", str(i)] if n > 1 else []
         command = [sys.executable, "-u", str(script), "--num-processes", str(n), *place, *arguments]
-        members.append(Member(str(i), f"process {i} on {socket.gethostname()}", command, environment=environment))
-    return members
+        yield Member(str(i), f"process {i} on {socket.gethostname()}", command, environment=environment)
 
 
 def _free_port() -> int:

@@ -85,7 +85,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     key = os.environ.get("VLLM_API_KEY") or secrets.token_urlsafe(24)
-    sys.exit(wait([Member(host, f"host {host}", command, first_line=key) for host, command in commands.items()]))
+    sys.exit(wait(Member(host, f"host {host}", command, first_line=key) for host, command in commands.items()))
 
 
 if __name__ == "__main__":
