@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +80,8 @@ def cached_hf_folder(path: str | Path) -> Path:
     with open(root / f".{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system when its process dies
         if not folder.exists():
+            for interrupted in root.glob(f".{folder.name}.*.partial"):
+                shutil.rmtree(interrupted)
             convert_gguf(path, folder)
     return folder
 
