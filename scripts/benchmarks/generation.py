@@ -12,13 +12,12 @@ import numpy as np
 from benchmarks.sides import (
     SEED,
     Call,
-    Device,
+    OnJax,
+    OnTorch,
     Setup,
     bare_prompt,
     check_equal,
     is_exact,
-    jax_device,
-    jax_memory_gb,
     load_jaxrl,
     load_torch,
     make_lengths,
@@ -28,7 +27,6 @@ from benchmarks.sides import (
     print_memory,
     start_sides,
     take_turns,
-    torch_memory_gb,
 )
 from jaxrl.batch import Rollout
 
@@ -79,7 +77,7 @@ def stops_for(responses: np.ndarray, wanted: np.ndarray) -> tuple[tuple[int, ...
     return tuple(sorted(stops)), np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, T)
 
 
-class JaxrlGenerate:
+class JaxrlGenerate(OnJax):
     """jaxrl's engine at temperature 1, with the logprob of every token, as RL needs it."""
 
     def __init__(self, setup: Setup):
@@ -105,14 +103,8 @@ class JaxrlGenerate:
         sampling = Sampling(max_tokens=max_tokens, stop_ids=stop_ids)
         return self.engine.generate([bare_prompt(ids) for ids in prompts.tolist()], sampling, seed=SEED)
 
-    def device(self) -> Device:
-        return jax_device()
 
-    def memory_gb(self) -> float:
-        return jax_memory_gb()
-
-
-class TorchGenerate:
+class TorchGenerate(OnTorch):
     """transformers' `generate` at temperature 1 with its own cache; each sequence ends at the length it is given."""
 
     def __init__(self, setup: Setup, device: str):
@@ -149,6 +141,3 @@ class TorchGenerate:
         with torch.inference_mode():
             logits = self.model(input_ids=ids, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].float()
         return -torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -T:].flatten()).item()
-
-    def memory_gb(self) -> float:
-        return torch_memory_gb()

@@ -207,22 +207,27 @@ def peak_flops(device: Device, dtype: str) -> float | None:
     raise ValueError(f"MFU needs the peak of {device.name}: add it to PEAK_TFLOPS in {Path(__file__).name}")
 
 
-def jax_device() -> Device:
-    import jax
+class OnJax:
+    """What every side of jaxrl's can say of its device."""
 
-    return Device(jax.default_backend(), jax.devices()[0].device_kind)
+    def device(self) -> Device:
+        import jax
+
+        return Device(jax.default_backend(), jax.devices()[0].device_kind)
+
+    def memory_gb(self) -> float:
+        from jaxrl.metrics import memory_metrics
+
+        return memory_metrics()["perf/max_memory_allocated_gb"]
 
 
-def jax_memory_gb() -> float:
-    from jaxrl.metrics import memory_metrics
+class OnTorch:
+    """The same of torch's."""
 
-    return memory_metrics()["perf/max_memory_allocated_gb"]
+    def memory_gb(self) -> float:
+        import torch
 
-
-def torch_memory_gb() -> float:
-    import torch
-
-    return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / 2**30
 
 
 def bare_prompt(ids: list[int]) -> Prompt:

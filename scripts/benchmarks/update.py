@@ -14,12 +14,11 @@ import numpy as np
 from benchmarks.sides import (
     SEED,
     Call,
-    Device,
+    OnJax,
+    OnTorch,
     Setup,
     bare_prompt,
     is_exact,
-    jax_device,
-    jax_memory_gb,
     load_jaxrl,
     load_torch,
     make_lengths,
@@ -29,7 +28,6 @@ from benchmarks.sides import (
     print_memory,
     start_sides,
     take_turns,
-    torch_memory_gb,
 )
 from jaxrl.batch import PolicyTargets, Rollout
 from jaxrl.packing import Sequences, max_micro_batches, pack
@@ -95,7 +93,7 @@ def make_sequences(
     return Sequences.of([bare_prompt(ids) for ids in prompts], rollouts, longest_response)
 
 
-class JaxrlUpdate:
+class JaxrlUpdate(OnJax):
     """jaxrl's actor: `Policy.step` on packed rows. The time includes packing."""
 
     def __init__(self, setup: Setup):
@@ -139,14 +137,8 @@ class JaxrlUpdate:
             max_micro_batches=max_micro_batches(num, longest, self.setup.row_length, rows),
         )  # fmt: skip
 
-    def device(self) -> Device:
-        return jax_device()
 
-    def memory_gb(self) -> float:
-        return jax_memory_gb()
-
-
-class TorchUpdate:
+class TorchUpdate(OnTorch):
     """Plain transformers and torch: one padded batch, SDPA, fused AdamW, logits of the response slots alone."""
 
     def __init__(self, setup: Setup, device: str):
@@ -188,9 +180,6 @@ class TorchUpdate:
         if self.device_name == "cuda":
             torch.cuda.synchronize()
         return Call(time.perf_counter() - start, result)
-
-    def memory_gb(self) -> float:
-        return torch_memory_gb()
 
 
 def padded(sequences: Sequences) -> tuple[np.ndarray, np.ndarray]:
