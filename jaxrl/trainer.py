@@ -6,6 +6,7 @@ lives in `collector.py` and `learner.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from .config import Config
 from .data import PromptDataset, PromptLoader, Truncation
 from .distributed import check_same
 from .doctor import NUM_PROMPTS, Doctor
+from .gpu_memory import takes_turns
 from .learner import Learner, rows_of
 from .link import Link
 from .loggers import Metrics, Run, Samples, check_logger, process_log
@@ -42,7 +44,7 @@ from .metrics import (
 )
 from .models.flops import update_flops
 from .parallel import generation_mesh, make_mesh, put_replicated
-from .plan.check import check_fits, check_updates_fit
+from .plan.check import check_fits, check_updates_fit, vllm_share_of
 from .prepare import check_algorithm
 from .progress import Progress, plot_rewards
 from .reward_model import reward_model_of
@@ -246,10 +248,12 @@ class Trainer:
         if c.rollout.engine == "jax":
             mesh = generation_mesh(self.mesh, c.rollout.tensor_model_parallel_size)
             return JaxEngine(model, mesh, max_num_seqs=c.rollout.max_num_seqs)
+        share = vllm_share_of(c, self.roles, self.reward_model)
+        settings = dataclasses.replace(c.rollout.vllm, gpu_memory_utilization=share)
         return VllmEngine(
-            model, self.mesh, c.rollout.vllm, source=self.source, folder=self.folder / "vllm",
+            model, self.mesh, settings, source=self.source, folder=self.folder / "vllm",
             max_model_len=c.data.max_prompt_length + c.data.max_response_length, max_num_seqs=c.rollout.max_num_seqs,
-            link=self.link,
+            link=self.link, sleeps=takes_turns(c),
         )  # fmt: skip
 
     def _make_turns(self) -> Turns | None:
@@ -393,6 +397,9 @@ class Trainer:
             e = self.ahead.take(step, progress, timer.seconds)
             staleness = self._staleness(step, e)
             self._log(samples, step, "train", e)
+            if c.engine_sleeps:
+                with timer("sleep"):
+                    self.engine.sleep()
             metrics = self.learner.step(step, e.prompts, e.rollouts, e.scores, e.baselines, timer)
             metrics |= self.ahead.wait(timer.seconds)
             with timer("update_weights"):

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 
-from jaxrl import config
+from jaxrl import config, gpu_memory
 from jaxrl.rollout.engine import EngineLost
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     try:
         overrides = [f"trainer.run_dir={folder}/run", "trainer.resume_mode=disable", "rollout.max_probs_diff=null"]
         c = config.load(args.config, [*args.overrides, *overrides])
+        gpu_memory.prepare_environment(c)
         from jaxrl.trainer import Trainer  # JAX starts only once the config holds together
 
         agree = examine(Trainer(c, trains=False))

@@ -8,7 +8,7 @@ import argparse
 import logging
 import sys
 
-from jaxrl import cluster, config
+from jaxrl import cluster, config, gpu_memory
 
 
 def main() -> None:
@@ -27,6 +27,7 @@ def main() -> None:
         place = cluster.find(args.coordinator, args.num_processes, args.process_id)
         if place is not None and place.process_id > 0:
             console.setLevel(logging.ERROR)  # the first says it for all; each has its log file
+        gpu_memory.prepare_environment(c)
         from jaxrl import distributed  # JAX starts only once the config holds together
         from jaxrl.host_memory import keep_freed_memory
 

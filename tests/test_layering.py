@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"user_code", "host_memory", "offload", "preemption", "cluster", "wire", "link", "launching"},
     {"config", "batch", "packing", "tasks", "progress", "algorithms", "rewards"},
-    {"models", "parallel", "topology", "distributed", "sources", "data"},
+    {"models", "parallel", "topology", "distributed", "sources", "data", "gpu_memory"},
     {"weights", "rollout", "optimizer", "compression", "checkpoint", "metrics", "loggers"},
     {"update", "prepare", "weights.sync"},
     {"rollout.vllm_engine", "rollout.vllm_publication"},

@@ -113,10 +113,28 @@ def test_every_program_of_a_step_is_in_the_plan_in_its_order():
     by_name = {p.name: p for p in plan("2x2x2").programs}
     assert by_name["update_actor"].calls == 2 and by_name["values"].calls == 1  # two mini-batches of 16 prompts
     lying = sum(plan("2x2x2").resident.values())
-    for name, beside in (("values", ("critic",)), ("update_weights", ("actor", "engine"))):
+    for name, beside in (("values", ("critic", "engine")), ("update_weights", ("actor", "engine"))):
         p = by_name[name]
         own = sum(plan("2x2x2").resident[part] for part in beside)
         assert p.peak == lying - own + p.arguments + p.outputs + p.temporaries
+
+
+def test_the_engines_weights_lie_there_in_updates_where_it_does_not_sleep():
+    topology, weights = described("cpu:8"), plan("2x2x2").resident["engine"]
+    awake = make_plan(config(rollout={"free_cache_engine": False}), topology, only=["update_actor", "values"])
+    for program in awake.programs:
+        (asleep,) = [p for p in plan("2x2x2").programs if p.name == program.name]
+        assert program.peak == asleep.peak + weights
+    assert "engine (asleep in updates)" in table(plan("2x2x2")) and "asleep" not in table(awake)
+
+
+def test_a_vllm_that_takes_turns_with_training_has_what_that_leaves():
+    found = dataclasses.replace(plan("2x2x2"), memory=80e9, vllm=0.94)
+    assert found.fits and "vLLM (asleep in updates)      75.20 beside these" in table(found)
+    full = dataclasses.replace(found, resident={"actor": 8 * 10**9})
+    assert not full.fits and verdict(full).startswith(
+        "does not fit: while vLLM generates, 8.0 GB of training lie on a device of 80.0, and vLLM has 0.94 of it. "
+    )
 
 
 def test_an_export_gathers_one_tensor_at_a_time_and_brings_all_of_them_to_a_host():
@@ -170,7 +188,9 @@ def test_an_offloaded_base_comes_whole_when_the_engine_takes_it_and_layer_by_lay
         beside = sum(size for name, size in found.resident.items() if name not in ("actor", "base", *own))
         return p.peak - beside - p.arguments - p.outputs - p.temporaries
 
-    assert arriving(publication, "engine") == base > 0 and arriving(update, "actor optimizer") == 2 * base // 3
+    assert (
+        arriving(publication, "engine") == base > 0 and arriving(update, "actor optimizer", "engine") == 2 * base // 3
+    )
 
 
 def test_a_base_in_four_bits_is_planned_packed(tmp_path):

@@ -211,6 +211,20 @@ def test_the_actor_and_its_learning_rate_begin_when_the_critic_has_warmed_up(set
     assert rows[1]["critic/lr"] == 2e-3
 
 
+@pytest.mark.parametrize("free", [True, False])
+def test_the_engine_holds_its_weights_in_updates_where_it_is_told_to(settings, monkeypatch, free):
+    trainer = Trainer(from_dict(settings("sleep", data__val_files=None, rollout__free_cache_engine=free)))
+    updates, step = [], trainer.learner.step
+
+    def looks(*args):
+        updates.append(trainer.engine.weights is None)
+        return step(*args)
+
+    monkeypatch.setattr(trainer.learner, "step", looks)
+    trainer.fit()
+    assert updates == [free, free]
+
+
 FAILS_HALF = """
 def graded(solution_str, ground_truth, extra_info):
     if extra_info["index"] % 2:

@@ -58,7 +58,9 @@ def opened(source: Pretrained, folder: Path, **settings) -> Served:
     config = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
     params = load_base(source, config, abstract_variables(mesh, config, "lm"))
     section = VllmSection(env=ENV, **settings)
-    engine = VllmEngine(config, mesh, section, source=source, folder=folder, max_model_len=256, max_num_seqs=16)
+    engine = VllmEngine(
+        config, mesh, section, source=source, folder=folder, max_model_len=256, max_num_seqs=16, sleeps=True
+    )
     return Served(engine, config, source, params, folder)
 
 
@@ -133,6 +135,8 @@ def test_five_updates_answer_with_their_own_weights_also_with_a_warm_prefix_cach
     texts = set()
     for version in range(5):
         params = changed(served.params, version)
+        if version % 2:
+            served.engine.sleep()
         served.engine.update_weights({"params": params}, version)
         for seed in range(2):
             rollouts = served.engine.generate(prompts, sampling, seed=seed)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import time
 from collections.abc import Coroutine
@@ -18,7 +19,7 @@ from jaxrl.rollout.engine import EngineLost, Sampling
 from jaxrl.rollout.protocol import Manifest, Refused, Tensor
 from jaxrl.rollout.vllm_adapter import GENERATE, INFO, ServerSpec
 from jaxrl.rollout.vllm_client import Client
-from jaxrl.rollout.vllm_pool import DEAD, SERVING, Job, Pool, Server
+from jaxrl.rollout.vllm_pool import ASLEEP, DEAD, SERVING, STARTING, Job, Pool, Server
 from jaxrl.rollout.vllm_process import ServerProcess
 
 SAMPLING = Sampling(max_tokens=3)
@@ -324,3 +325,63 @@ def test_two_servers_share_the_work_and_take_new_weights_one_after_the_other(stu
 
     run(work())
     assert states == [(SERVING, "run:1"), (SERVING, "run:2")]
+
+
+# A stub that is asleep answers nothing, and one that has slept without its weights answers nothing before it has new ones.
+
+
+@pytest.mark.parametrize("is_adapter", [False, True], ids=["weights", "adapter"])
+def test_a_server_that_slept_answers_with_the_next_weights_also_where_they_are_the_same(tmp_path, is_adapter):
+    async def work():
+        async with opened([local(tmp_path)], publish="adapter" if is_adapter else "merged") as pool:
+            await pool.install(Weights(1, is_adapter))
+            for loads in (2, 3):
+                await pool.sleep()
+                assert pool.servers[0].state == ASLEEP
+                await pool.install(Weights(1, is_adapter))
+                ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+                assert answers[0].labels == {"run:1"} and (pool.loads, pool.restarts) == (loads, 0)
+
+    run(work())
+
+
+def test_a_server_that_refuses_what_comes_after_its_sleep_gets_the_weights_before(tmp_path):
+    async def work():
+        async with opened([local(tmp_path, REFUSE="2")]) as pool:
+            await pool.install(Weights(1))
+            await pool.sleep()
+            with pytest.raises(Refused, match="version 2 is not for me"):
+                await pool.install(Weights(2))
+            ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+            assert answers[0].labels == {"run:1"} and pool.restarts == 0
+
+    run(work())
+
+
+def test_a_server_that_dies_in_its_sleep_is_not_started_before_there_is_memory_for_it(tmp_path):
+    server = local(tmp_path)
+
+    async def work():
+        async with opened([server]) as pool:
+            await pool.install(Weights(1))
+            await pool.sleep()
+            assert server.process is not None
+            os.killpg(server.process.pid, signal.SIGKILL)
+            await pool._until(lambda: server.state == STARTING)
+            await asyncio.sleep(0.5)
+            assert server.process.ended() is not None
+            await pool.install(Weights(2))
+            ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+            assert answers[0].labels == {"run:2"} and pool.restarts == 1
+
+    run(work())
+
+
+def test_servers_that_somebody_else_started_do_not_sleep(stubs):
+    async def work():
+        async with opened(at(stubs[0].url)) as pool:
+            await pool.install(Weights(1))
+            await pool.sleep()
+            assert not stubs[0].asleep and pool.servers[0].state == SERVING
+
+    run(work())

@@ -16,7 +16,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from jaxrl.rollout.vllm_adapter import GENERATE, INFO, RESET_CACHE, RPC, SEES, SET_VERSION, UPLOAD
+from jaxrl.rollout.vllm_adapter import (
+    GENERATE,
+    INFO,
+    LOAD_ADAPTER,
+    RESET_CACHE,
+    RPC,
+    SEES,
+    SET_VERSION,
+    SLEEP,
+    UPLOAD,
+    WAKE_UP,
+)
 
 LOGPROB = -1.0  # of every token
 Reply = tuple[int, Any]  # status; JSON, or the text of a page
@@ -31,6 +42,8 @@ class Stub:
         self.uploads: dict[str, bytes] = {}
         self.num_answered = 0
         self.pause_s = 0.0  # before an upload is read
+        self.asleep: set[str] = set()  # what has no memory
+        self.has_weights = True
         self.answers: dict[str, Callable[[Any], Reply]] = {}
         self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
         self._http.daemon_threads = True
@@ -61,15 +74,26 @@ class Stub:
             return 200, {"sees": False}
         if route == RPC and message["method"] == "jaxrl_load":
             path, manifest = message["args"]
+            if "weights" in self.asleep:
+                return 200, {"results": [{"broken": "there is no memory to load into"}]}
             self.loaded.append(path)
+            self.has_weights = True
             return 200, {"results": [{"loaded": manifest["version"], "digest": path}]}
-        if route == RPC:
+        if route == RPC or route == LOAD_ADAPTER:
             return 200, {"results": [{}]}
         if route == SET_VERSION:
             self.label = message["new_version"]
             return 200, {}
         if route == RESET_CACHE:
             return 200, {"success": True}
+        if route.startswith(SLEEP):
+            self.asleep, self.has_weights = {"weights", "kv_cache"}, route == f"{SLEEP}?level=1"
+            return 200, {"status": "sleeping"}
+        if route.startswith(WAKE_UP):
+            self.asleep.remove(route.removeprefix(f"{WAKE_UP}?tags="))
+            return 200, {"status": "sleeping" if self.asleep else "awake"}
+        if route == GENERATE and (self.asleep or not self.has_weights):
+            return 500, {"error": f"asleep: {sorted(self.asleep)}, weights: {self.has_weights}"}
         if route == GENERATE:
             return 200, self.generated(message)
         return 404, {}
@@ -144,7 +168,13 @@ def main(given: str) -> None:
             os._exit(1)
         return stub.usual(GENERATE, message)
 
-    stub.answers[GENERATE] = generate
+    def load(message: Any) -> Reply:
+        version = message["args"][1]["version"]
+        if str(version) == spec["env"].get("REFUSE"):
+            return 200, {"results": [{"refused": f"version {version} is not for me"}]}
+        return stub.usual(RPC, message)
+
+    stub.answers |= {GENERATE: generate, "jaxrl_load": load}
     while os.read(0, 1):
         pass
 

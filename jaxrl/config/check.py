@@ -219,7 +219,7 @@ def _check_vllm(c: Config) -> None:
         raise ValueError("rollout.vllm.transport file and rollout.vllm.file_dir belong together: set both or neither")
     if v.publish == "adapter" and not c.model.lora_rank:
         raise ValueError("rollout.vllm.publish adapter needs adapters: set model.lora_rank, or publish merged")
-    if not 0 < v.gpu_memory_utilization <= 1:
+    if v.gpu_memory_utilization is not None and not 0 < v.gpu_memory_utilization <= 1:
         raise ValueError(
             f"rollout.vllm.gpu_memory_utilization {v.gpu_memory_utilization} is a share: above 0, at most 1"
         )

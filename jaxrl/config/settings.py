@@ -64,7 +64,8 @@ class VllmSection:
     num_servers: int = 1  # that are started here
     devices: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES of each of them
     dtype: str = "auto"  # of the weights in vLLM: float32 on a CPU, else bfloat16
-    gpu_memory_utilization: float = 0.5  # the trainer wants some of it too
+    # Of each GPU. None: what training leaves of GPUs that it shares with vLLM, else vLLM's own default.
+    gpu_memory_utilization: float | None = None
     transport: str = "auto"  # how weights travel: shm (same host), file (a shared disk), http; auto: shm, else http
     file_dir: str | None = None  # of transport file
     publish: str = "merged"  # with adapters: merged into the model, or adapter: alone, to a vLLM that holds the base
@@ -75,7 +76,6 @@ class VllmSection:
     max_restarts: int = 3  # of a server in a row, without a request answered in between
     args: dict[str, Any] = field(default_factory=dict)  # more of vLLM's arguments, as {tensor_parallel_size: 2}
     env: dict[str, str] = field(default_factory=dict)  # more of its environment
-
 
 @dataclass(frozen=True)
 class MultiTurn:
@@ -98,6 +98,8 @@ class RolloutSection:
     # No start above this training/rollout_probs_diff_mean on a few prompts (jaxrl/doctor.py); None: not looked at.
     max_probs_diff: float | None = None
     tensor_model_parallel_size: int | None = None  # of the JAX engine's own layout; None: that of training
+    # While the updates run, the engine gives its memory back: its copy of the weights, or vLLM's share of the trainer's GPU.
+    free_cache_engine: bool = True
     val_kwargs: ValKwargs = field(default_factory=ValKwargs)
     vllm: VllmSection = field(default_factory=VllmSection)
     multi_turn: MultiTurn = field(default_factory=MultiTurn)
@@ -298,6 +300,11 @@ class Config:
     @property
     def needs_ref(self) -> bool:
         return self.actor.use_kl_loss or self.algorithm.use_kl_in_reward
+
+    @property
+    def engine_sleeps(self) -> bool:
+        """Whether the engine answers nothing, and holds little, while the updates run."""
+        return self.rollout.free_cache_engine and self.trainer.trainer_mode == "sync"
 
     @property
     def critic_loss_agg_mode(self) -> str:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import jax
 
 from ..config import Config
+from ..gpu_memory import takes_turns, vllm_share
 from ..reward_model import RewardModel
 from ..roles import Roles
 from ..rollout.lowering import cache_bytes
+from ..topology import hardware_named
 from .costs import bytes_of
 from .memory import compiled_or_refused, lying, memory_of
 from .programs import Run, batches_of, engine_of, lowered_publication, offloaded_of, resident_of, updates_of
@@ -23,6 +25,7 @@ from .programs import Run, batches_of, engine_of, lowered_publication, offloaded
 GB = 1e9
 SWEEP = "`scripts/plan.py --sweep` finds what fits"
 WORK = "activations and gradients"
+VLLM = "vLLM"
 
 
 class Need(NamedTuple):
@@ -45,16 +48,26 @@ def least_memory(c: Config, roles: Roles, reward: RewardModel | None = None) -> 
     run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
     resident = lying(run)[0]
     needs = []
+    if takes_turns(c) and (total := _memory_of_gpu(roles)):
+        share = vllm_share(c, sum(resident.values()), total)
+        needs.append(Need("generation", resident | {VLLM: int((share or 1.0) * total)}))
     if c.rollout.engine == "jax":
         engine = engine_of(c, roles)
-        resident["weights of the engine"] = bytes_of(lowered_publication(engine, roles).out_info)
+        answering = resident | {"weights of the engine": bytes_of(lowered_publication(engine, roles).out_info)}
         cache = cache_bytes(engine, batches_of(c)["gen"].largest(engine))
-        needs.append(Need("generation", resident | {"KV cache": cache}))
+        needs.append(Need("generation", answering | {"KV cache": cache}))
+        resident = resident if c.engine_sleeps else answering
     for role in ("critic", "actor"):
         if role in resident:
             trained = roles.abstract_state()[role].trained
             needs.append(Need(f"the update of the {role}", resident | {"gradients": bytes_of(trained)}))
     return needs
+
+
+def vllm_share_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> float | None:
+    """`rollout.vllm.gpu_memory_utilization` of this run, on the devices that are here."""
+    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
+    return vllm_share(c, sum(lying(run)[0].values()), _memory_of_gpu(roles))
 
 
 def check_fits(c: Config, roles: Roles, reward: RewardModel | None = None) -> None:
@@ -89,6 +102,8 @@ def _refuse(roles: Roles, needs: list[Need]) -> None:
         cures.append("actor.offload=[optimizer] (and the critic's), or adapters (model.lora_rank)")
     if parts[0][0] == "KV cache":
         cures.insert(0, "a smaller rollout.max_num_seqs")
+    if VLLM in worst.parts:
+        cures.insert(0, "a smaller rollout.vllm.gpu_memory_utilization, or devices of its own (rollout.vllm.devices)")
     if parts[0][0] == WORK:
         cures.insert(0, "a smaller ppo_max_token_len_per_gpu of that role, or model.remat=full")
     raise ValueError(
@@ -97,11 +112,18 @@ def _refuse(roles: Roles, needs: list[Need]) -> None:
     )
 
 
+def _memory_of_gpu(roles: Roles) -> float | None:
+    device = roles.mesh.local_devices[0]
+    return _memory_of(device)[0] if device.platform == "gpu" else None
+
+
 def _memory_of(device: Any) -> tuple[float | None, str]:
     """What a program may use of a device. CPU devices share the memory of their host."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"], f"a {device.device_kind}"
+    if device.platform == "gpu" and (hardware := hardware_named(device.device_kind)):
+        return hardware.memory, f"a {device.device_kind}"  # JAX keeps no account of an allocator that gives back
     meminfo = Path("/proc/meminfo")  # Linux
     if device.platform != "cpu" or not meminfo.exists():
         return None, device.device_kind

@@ -70,7 +70,7 @@ class Run:
     """What lies on the devices throughout, by name, and the programs in the order of a step."""
 
     mesh: Mesh
-    resident: dict[str, Tree] = field(default_factory=dict)  # shapes with shardings
+    resident: dict[str, Tree] = field(default_factory=dict)  # shapes with shardings; `Work.frees` says when not
     offloaded: frozenset[str] = frozenset()  # of their names, those that wait in host memory
     work: list[Work] = field(default_factory=list)
 
@@ -96,7 +96,7 @@ def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> R
 def updates_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
     """The updates of critic and actor, with all that lies beside them."""
     run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
-    if c.rollout.engine == "jax":
+    if c.rollout.engine == "jax" and not c.engine_sleeps:
         run.resident["engine"] = outputs(lowered_publication(engine_of(c, roles), roles))
     run.work = [work for work in _training(c, roles) if work.kind == "update"]
     return run
@@ -137,6 +137,7 @@ def _training(c: Config, roles: Roles) -> list[Work]:
     d, sequences = c.data, c.data.train_batch_size * c.rollout.n
     mini_batch = c.actor.ppo_mini_batch_size * c.rollout.n
     platform = roles.mesh.devices.flat[0].platform
+    frees = ("engine",) if c.engine_sleeps else ()
 
     def work(
         name: str, kind: str, model: ModelConfig, mesh: Mesh, lower, num, max_tokens: int, uses, epochs=0, whole=()
@@ -146,7 +147,9 @@ def _training(c: Config, roles: Roles) -> list[Work]:
         targets = T // (d.max_prompt_length + d.max_response_length) * d.max_response_length
         chunks = -(-targets * (R // ways) // chunk_slots(ways, R // ways * T, platform))
         calls = max(1, epochs * sequences // mini_batch)
-        return Work(name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), mesh, uses, whole=whole)
+        return Work(
+            name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), mesh, uses, frees, whole=whole
+        )  # fmt: skip
 
     policy, state, frozen = roles.policy, roles.abstract_state(), roles.abstract_frozen
     base, tokens = ("base",) if roles.has_adapters else (), c.actor.ppo_max_token_len_per_gpu

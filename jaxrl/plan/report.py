@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import Config
+from ..gpu_memory import takes_turns, vllm_share
 from ..parallel import make_mesh
 from ..reward_model import reward_model_of
 from ..topology import Hardware, Topology
@@ -76,6 +77,8 @@ class Plan:
     mesh: dict[str, int]
     resident: dict[str, int]  # bytes on a device throughout, by name
     resident_host: dict[str, int]
+    asleep: tuple[str, ...] = ()  # of `resident`, what is let go while the updates run
+    vllm: float | None = None  # share of a device that vLLM takes while nothing trains, where they take turns
     programs: list[Program] = field(default_factory=list)
 
     @property
@@ -84,7 +87,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.memory and not any(p.refused for p in self.programs)
+        return max(self.peak, self.generating) <= self.memory and not any(p.refused for p in self.programs)
+
+    @property
+    def generating(self) -> float:
+        """Bytes on a device while a vLLM answers there."""
+        return 0.0 if self.vllm is None else sum(self.resident.values()) + self.vllm * self.memory
 
     @property
     def step_seconds(self) -> float:
@@ -114,7 +122,10 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     run = programs_of(c, roles_of(c, mesh), reward_model_of(c, mesh, described_model))
     device, host = lying(run)
     hardware = topology.hardware
-    plan = Plan(topology.name, hardware.name, hardware.source, hardware.memory, dict(mesh.shape), device, host)
+    asleep = ("engine",) if c.engine_sleeps else ()
+    turns = takes_turns(c) and hardware.platform == "cuda"
+    vllm = vllm_share(c, sum(device.values()), hardware.memory) if turns else None
+    plan = Plan(topology.name, hardware.name, hardware.source, hardware.memory, dict(mesh.shape), device, host, asleep, vllm)
     names = [work.name for work in run.work]
     if unknown := set(only or ()) - set(names):
         raise ValueError(f"the run has no program {', '.join(sorted(unknown))}: it has {', '.join(names)}")
@@ -183,10 +194,16 @@ def table(plan: Plan) -> str:
     lines = [f"{plan.topology}: mesh {mesh}, {plan.memory / 1e9:.1f} GB a device ({plan.hardware})", ""]
     lines.append("lies there throughout  GB on a device  GB in host memory")
     for name, size in plan.resident.items():
-        lines.append(f"  {name:<20} {size / 1e9:>14.2f} {plan.resident_host[name] / 1e9:>18.2f}")
+        shown = f"{name} (asleep in updates)" if name in plan.asleep else name
+        lines.append(f"  {shown:<26} {size / 1e9:>8.2f} {plan.resident_host[name] / 1e9:>18.2f}")
     lines.append(
-        f"  {'all':<20} {sum(plan.resident.values()) / 1e9:>14.2f} {sum(plan.resident_host.values()) / 1e9:>18.2f}"
+        f"  {'all':<26} {sum(plan.resident.values()) / 1e9:>8.2f} {sum(plan.resident_host.values()) / 1e9:>18.2f}"
     )
+    if plan.vllm is not None:
+        lines.append(
+            f"  {'vLLM (asleep in updates)':<26} {plan.vllm * plan.memory / 1e9:>8.2f} beside these, while it generates: "
+            f"rollout.vllm.gpu_memory_utilization is {plan.vllm:g}"
+        )
     lines += [
         "",
         "program           calls  args   out  temp  host  peak GB | TFLOP   GB sent  (nodes) | s at best  bound by",
@@ -223,6 +240,12 @@ def verdict(plan: Plan) -> str:
     """Whether it fits, and by how much; where it does not, what to change."""
     worst = max(plan.programs, key=lambda p: p.peak)
     left = (plan.memory - worst.peak) / 1e9
+    if plan.generating > plan.memory:
+        lying = sum(plan.resident.values()) / 1e9
+        return (
+            f"does not fit: while vLLM generates, {lying:.1f} GB of training lie on a device of {plan.memory / 1e9:.1f}, and "
+            f"vLLM has {plan.vllm:g} of it. {advice(plan, worst)}, or give vLLM devices of its own (rollout.vllm.devices)"
+        )
     if plan.fits:
         return f"fits: {left:.1f} GB of {plan.memory / 1e9:.1f} left at the peak, in {worst.name}"
     refused = "".join(f" XLA says of {p.name}: {p.refused.rstrip('.')}." for p in plan.programs if p.refused)

@@ -75,8 +75,11 @@ class JaxEngine:
         """What an update of the weights brings to each device, in 2**30 bytes."""
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(self.weights)) / 2**30
 
-    def close(self) -> None:
+    def sleep(self) -> None:
         self.weights = None
+
+    def close(self) -> None:
+        self.sleep()
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, report: Report | None = None

@@ -75,6 +75,7 @@ class ServerSpec:
     max_num_seqs: int = 256
     gpu_memory_utilization: float | None = None
     lora_rank: int = 0  # above 0: adapters can be published
+    sleeps: bool = False  # it will be asked to give its GPU memory back for a while
     args: dict[str, Any] = field(default_factory=dict)  # more of vLLM's arguments
     env: dict[str, str] = field(default_factory=dict)
     scratch: str = ""  # for exports that come over HTTP; ends with the server
@@ -141,6 +142,7 @@ def command(python: str, spec: ServerSpec, device: str) -> list[str]:
         "worker_extension_cls": f"{__name__}.Worker",
         "middleware": f"{__name__}.Gate",
         "disable_uvicorn_access_log": True,
+        "enable_sleep_mode": True if spec.sleeps and device == "cuda" else None,  # on a CPU it sleeps without a word
         "enable_lora": True if spec.lora_rank else None,
         "max_lora_rank": _lora_rank(spec.lora_rank),
     }
@@ -187,6 +189,8 @@ def explain(log: str) -> str | None:
 
 GENERATE, RPC, SET_VERSION = "/inference/v1/generate", "/collective_rpc", "/update_weight_version"
 RESET_CACHE, LOAD_ADAPTER = "/reset_prefix_cache", "/v1/load_lora_adapter"
+SLEEP, WAKE_UP = "/sleep", "/wake_up"
+KEEP_WEIGHTS, KEEP_NOTHING = 1, 2  # levels of sleep: weights wait in the host's memory, or are thrown away
 INFO, UPLOAD, SEES = "/jaxrl/info", "/jaxrl/weights/", "/jaxrl/sees"  # those of `Gate`
 EXPORTS = "exports"  # the folder in a server's scratch folder that takes in uploads
 

@@ -24,7 +24,9 @@ from .vllm_adapter import (
     RPC,
     SEES,
     SET_VERSION,
+    SLEEP,
     UPLOAD,
+    WAKE_UP,
     Answer,
     generate_message,
     probe_message,
@@ -121,6 +123,14 @@ class Client:
         answer = await self._send("POST", RESET_CACHE, what="an empty prefix cache")
         if not answer.get("success"):
             raise ServerLost("it kept the prefix cache of the old weights")
+
+    async def sleep(self, level: int) -> None:
+        """Give back the memory of the KV cache and of the weights, which level 1 keeps in the host's."""
+        await self._send("POST", f"{SLEEP}?level={level}", what="its memory")
+
+    async def wake_up(self, tag: str) -> None:
+        """Take the memory of `tag` again: weights, whose contents are lost after level 2, or kv_cache."""
+        await self._send("POST", f"{WAKE_UP}?tags={tag}", what=f"its return from sleep ({tag})")
 
     async def _rpc(self, method: str, *args: Any, what: str, timeout_s: float | None = 0) -> list[dict[str, Any]]:
         message = {"method": method, "args": list(args)}

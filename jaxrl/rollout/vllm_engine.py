@@ -45,12 +45,16 @@ PROBE_TOKENS, SPLASH_COLUMNS = 32, 128  # columns: what the TPU's attention kern
 
 
 class VllmEngine:
-    """`source` is the model that training began from, `folder` where logs and the like of the servers lie."""
+    """`source` is the model that training began from, `folder` where logs and the like of the servers lie. `sleeps`: the
+    servers share the trainer's devices, and are asked to `sleep` while it needs all of their memory.
+    """
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, settings: VllmSection, *,
         source: Pretrained, folder: Path, max_model_len: int, max_num_seqs: int, link: Link | None = None,
+        sleeps: bool = False,
     ):  # fmt: skip
+        self.sleeps = sleeps
         self.config, self.mesh, self.settings, self.source = config, mesh, settings, source
         self.max_model_len = max_model_len
         self.folder = folder
@@ -90,13 +94,13 @@ class VllmEngine:
                 model=model, host="127.0.0.1", port=0, folder=str((folder / f"server_{i}").resolve()),
                 dtype=v.dtype, max_model_len=self.max_model_len, max_num_seqs=max_num_seqs,
                 gpu_memory_utilization=v.gpu_memory_utilization, args=dict(v.args), env={**v.env, **visible},
-                lora_rank=self.config.lora_rank if v.publish == "adapter" else 0,
+                lora_rank=self.config.lora_rank if v.publish == "adapter" else 0, sleeps=self.sleeps,
             )  # fmt: skip
             assert v.python is not None
             servers.append(Server(f"server {i}", key, None, ServerProcess(v.python, spec, key)))
         return servers
 
-    # The engine's three verbs.
+    # The engine's verbs.
 
     def update_weights(self, variables: Tree, version: int) -> None:
         """Publish these weights as `version`: every server that serves has them when this returns.
@@ -127,6 +131,11 @@ class VllmEngine:
             Rollout(group, np.asarray(ids, np.int32), np.asarray(logprobs, np.float32), finished, version)
             for group, ids, logprobs, finished, version in drawn
         ]
+
+    def sleep(self) -> None:
+        """Servers on the trainer's devices give back their memory, and lose their weights, until the next version."""
+        if self.sleeps:
+            self._link.first("sleep of the servers", lambda: self._call(self.pool.sleep()))
 
     def close(self) -> None:
         if not self._link.is_first or self._loop.is_closed():

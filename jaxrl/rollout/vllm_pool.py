@@ -2,7 +2,8 @@
 that fails.
 
 A server is STARTING (until it has the current weights), SERVING, DRAINING (it answers what it was asked before new
-weights come, and is asked no more), LOADING them, or DEAD (given up). It is lost when its process ends, a request
+weights come, and is asked no more), LOADING them, ASLEEP (it has given its memory back until new weights come), or DEAD
+(given up). It is lost when its process ends, a request
 breaks, an answer makes no sense, or it gives no sign of life; it is then started again with the weights of now, and
 what it had not answered is asked anew, so that every prompt is answered once. A server that fails `max_restarts` times
 in a row is dropped (one that is named by its URL is tried again with the next weights); when none is left the run ends,
@@ -21,14 +22,15 @@ from typing import Any, Protocol, TypeVar
 from ..config import VllmSection
 from .engine import EngineLost, Report, Sampling
 from .protocol import Manifest, Refused
-from .vllm_adapter import Answer, untried
+from .vllm_adapter import KEEP_NOTHING, KEEP_WEIGHTS, Answer, untried
 from .vllm_client import Client, ServerLost
 from .vllm_process import ServerProcess
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-STARTING, SERVING, DRAINING, LOADING, DEAD = "starting", "serving", "draining", "loading", "dead"
+STARTING, SERVING, DRAINING, LOADING = "starting", "serving", "draining", "loading"
+ASLEEP, DEAD = "asleep", "dead"
 POLL_S = 0.25
 SLOWEST_S = 5.0  # for a token: a response that takes longer was lost on its way, though its server gives signs of life
 OVERBOOKED = 2  # sequences that wait at a server for each that it decodes, so that none of its places stays empty
@@ -89,6 +91,7 @@ class Pool:
         self.max_num_seqs = max_num_seqs
         self.current: Publication | None = None
         self.restarts = self.loads = 0
+        self.is_asleep = False  # the servers that are started here, as there is no memory for them
         self._changed = asyncio.Condition()
         self._installing = asyncio.Lock()  # until it is known whether the servers take the weights
         self._tasks: set[asyncio.Task] = set()
@@ -161,6 +164,8 @@ class Pool:
                 self.restarts += 1
             server.gone = asyncio.Event()
             try:
+                if server.process is not None:
+                    await self._until(lambda: not self.is_asleep)
                 await self._start(server)
                 while not await self._serves(server):
                     await self._catch_up(server)
@@ -251,7 +256,7 @@ class Pool:
         while True:
             await asyncio.sleep(POLL_S)
             gone = server.gone
-            if server.state not in (SERVING, DRAINING):
+            if server.state not in (SERVING, DRAINING, ASLEEP):
                 continue  # starting and loading have time limits of their own
             if server.process is not None and (ended := server.process.ended()):
                 await self.lost(server, gone, ended)
@@ -280,6 +285,23 @@ class Pool:
 
     # Weights.
 
+    async def sleep(self) -> None:
+        """The servers that were started here give their memory back until `install`. They have answered everything."""
+        self.is_asleep = True
+        own = [server for server in self.servers if server.process is not None and server.state == SERVING]
+        await asyncio.gather(*(self._put_to_sleep(server) for server in own))
+
+    async def _put_to_sleep(self, server: Server) -> None:
+        gone, client = server.gone, server.client
+        assert client is not None and not server.in_flight
+        await self._set(server, ASLEEP)
+        server.label = server.content = server.live_digest = None
+        try:
+            # An adapter's base is not published again.
+            await client.sleep(KEEP_WEIGHTS if self.settings.publish == "adapter" else KEEP_NOTHING)
+        except Exception as error:
+            await self.lost(server, gone, str(error) or repr(error))
+
     async def install(self, publication: Publication) -> None:
         """Every server that serves has these weights when this returns; those that start take them by themselves.
 
@@ -287,21 +309,24 @@ class Pool:
         """
         async with self._installing:
             before, self.current = self.current, publication
+            async with self._changed:
+                self.is_asleep = False
+                self._changed.notify_all()
             for server in self.servers:
                 if server.state == DEAD and server.process is None:  # whoever started it may have started it again
                     server.failures = 0
                     await self._set(server, STARTING)
                     self._spawn(self._bring_up(server))
             # What is uploaded is there before a server stops to answer.
-            await asyncio.gather(*(self._bring(server) for server in self.servers if server.state == SERVING))
-            serving = [server for server in self.servers if server.state == SERVING]
+            await asyncio.gather(*(self._bring(server) for server in self.servers if server.state in (SERVING, ASLEEP)))
+            serving = [server for server in self.servers if server.state in (SERVING, ASLEEP)]
             one_by_one = any(server.in_flight for server in serving)  # the others go on answering
             results: list[BaseException | None] = []
             for part in [[server] for server in serving] if one_by_one else [serving]:
                 results += await asyncio.gather(*(self._replace(server) for server in part), return_exceptions=True)
             if any(isinstance(error, Refused) for error in results):
                 self.current = before
-                await asyncio.gather(*(self._take_back(server, publication) for server in serving))
+                await asyncio.gather(*(self._take_back(server) for server in serving))
         for error in results:
             if error is not None:
                 raise error
@@ -319,7 +344,7 @@ class Pool:
             await self.lost(server, gone, str(error) or repr(error))
 
     async def _replace(self, server: Server) -> None:
-        gone = server.gone
+        gone, wakes = server.gone, server.state == ASLEEP
         await self._set(server, DRAINING)
         async with self._changed:
             await self._changed.wait_for(lambda: server.in_flight == 0 or gone.is_set())
@@ -328,7 +353,7 @@ class Pool:
         try:
             await self._set(server, LOADING)
             assert self.current is not None
-            await self._load(server, self.current)
+            await self._load(server, self.current, wakes=wakes)
             await self._set(server, SERVING)
         except ServerLost as lost:
             await self.lost(server, gone, str(lost))
@@ -338,12 +363,12 @@ class Pool:
         except Exception as error:  # whatever it is, nobody knows what the server has now
             await self.lost(server, gone, str(error) or repr(error))
 
-    async def _take_back(self, server: Server, refused: Publication) -> None:
-        """The weights before, on a server that took those that another one refused."""
-        if server.state != SERVING or server.label != refused.manifest.label:
-            return
+    async def _take_back(self, server: Server) -> None:
+        """The weights before, on a server that took those that another one refused, or has slept and has none."""
         if self.current is None:
             server.label = None  # it answers nothing until there are weights that all take
+            return
+        if server.state != SERVING or server.label == self.current.manifest.label:
             return
         gone = server.gone
         self.current.anew(server)
@@ -352,26 +377,35 @@ class Pool:
         except Refused as error:
             await self.lost(server, gone, str(error))
 
-    async def _load(self, server: Server, publication: Publication) -> None:
+    async def _load(self, server: Server, publication: Publication, *, wakes: bool = False) -> None:
         """Load, name the version, forget the prefixes, and look whether it answers with these weights."""
         client, manifest = server.client, publication.manifest
         assert client is not None
-        timeout_s = self.settings.load_timeout_s
-        if server.content != manifest.digest:  # else only the version is another: the weights have not changed
-            path = await publication.place(server)
-            self.loads += 1
-            if publication.is_adapter:
-                await client.load_adapter(path, manifest, timeout_s=timeout_s)
-            else:
-                answer = await client.load(path, manifest, timeout_s=timeout_s)
-                log.info("%s has version %d: %s", server, manifest.version, answer)
-                if answer["digest"] is not None and answer["digest"] == server.live_digest:
-                    raise ServerLost(f"version {manifest.version} of the weights left its parameters as they were")
-                server.live_digest = answer["digest"]
+        if wakes:
+            await client.wake_up("weights")
+        try:
+            if server.content != manifest.digest:  # else only the version is another: the weights have not changed
+                await self._replace_weights(server, publication)
+        finally:
+            if wakes:  # after the load, which needs memory of its own for a moment
+                await client.wake_up("kv_cache")
         await client.set_version(manifest.label)
         await client.reset_cache()
         await self._probe(server, publication)
         server.label, server.content = manifest.label, manifest.digest
+
+    async def _replace_weights(self, server: Server, publication: Publication) -> None:
+        client, manifest, timeout_s = server.client, publication.manifest, self.settings.load_timeout_s
+        assert client is not None
+        path = await publication.place(server)
+        self.loads += 1
+        if publication.is_adapter:
+            return await client.load_adapter(path, manifest, timeout_s=timeout_s)
+        answer = await client.load(path, manifest, timeout_s=timeout_s)
+        log.info("%s has version %d: %s", server, manifest.version, answer)
+        if answer["digest"] is not None and answer["digest"] == server.live_digest:
+            raise ServerLost(f"version {manifest.version} of the weights left its parameters as they were")
+        server.live_digest = answer["digest"]
 
     async def _probe(self, server: Server, publication: Publication) -> None:
         """A fixed prompt's logprobs, against the trainer's: the one proof that holds whatever a server keeps where."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from jaxrl.config import Config, load
+from jaxrl.gpu_memory import HALF
 from jaxrl.weights.locate import resolve
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -55,7 +56,7 @@ def server_commands(c: Config) -> list[tuple[str, list[str]]]:
         (url, [
             python, str(SCRIPTS / "serve_vllm.py"), str(resolve(c.model.path)), "--host", "0.0.0.0",
             "--port", str(urlsplit(url).port or 8000), "--dtype", v.dtype, "--max-model-len", str(longest),
-            "--max-num-seqs", str(c.rollout.max_num_seqs), "--gpu-memory-utilization", str(v.gpu_memory_utilization),
+            "--max-num-seqs", str(c.rollout.max_num_seqs), "--gpu-memory-utilization", str(v.gpu_memory_utilization or HALF),
             "--lora-rank", str(c.model.lora_rank if v.publish == "adapter" else 0),
         ])
         for url in urls
