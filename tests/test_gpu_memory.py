@@ -103,6 +103,8 @@ def test_a_run_that_leaves_vllm_nothing_is_refused_before_weights_are_read(monke
 
     gpu_of(4 * training)
     check.check_fits(config(), roles)
+    needs = {need.when: need.parts for need in check.least_memory(config(), roles)}
+    assert "vLLM asleep" not in needs["generation"] and needs["the update of the actor"]["vLLM asleep"] == training // 5
     share = check.vllm_share_of(config(), roles)
     assert share is not None and 0.7 < share <= 0.9
     with pytest.raises(ValueError, match=r"cannot fit: generation needs .* a small GPU .*vLLM.*gpu_memory_utilization"):

@@ -77,6 +77,7 @@ class VllmSection:
     args: dict[str, Any] = field(default_factory=dict)  # more of vLLM's arguments, as {tensor_parallel_size: 2}
     env: dict[str, str] = field(default_factory=dict)  # more of its environment
 
+
 @dataclass(frozen=True)
 class MultiTurn:
     function: str | None = None  # path/to/file.py:function, asked after each turn of the model; None: one turn

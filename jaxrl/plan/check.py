@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ..config import Config
-from ..gpu_memory import takes_turns, vllm_share
+from ..gpu_memory import MARGIN, takes_turns, vllm_share
 from ..reward_model import RewardModel
 from ..roles import Roles
 from ..rollout.lowering import cache_bytes
@@ -57,6 +57,7 @@ def least_memory(c: Config, roles: Roles, reward: RewardModel | None = None) -> 
         cache = cache_bytes(engine, batches_of(c)["gen"].largest(engine))
         needs.append(Need("generation", answering | {"KV cache": cache}))
         resident = resident if c.engine_sleeps else answering
+    resident |= _asleep(c, roles)
     for role in ("critic", "actor"):
         if role in resident:
             trained = roles.abstract_state()[role].trained
@@ -78,7 +79,7 @@ def check_fits(c: Config, roles: Roles, reward: RewardModel | None = None) -> No
 def check_updates_fit(c: Config, roles: Roles, reward: RewardModel | None = None) -> None:
     """The same by XLA's account of the updates of critic and actor, which are compiled here and not again."""
     run, needs = updates_of(c, roles, reward), []
-    resident = lying(run)[0]
+    resident, asleep = lying(run)[0], _asleep(c, roles)
     for work in run.work:
         compiled, role = compiled_or_refused(work.lower()), work.name.removeprefix("update_")
         if isinstance(compiled, str):
@@ -86,7 +87,9 @@ def check_updates_fit(c: Config, roles: Roles, reward: RewardModel | None = None
                 f"this run cannot fit: XLA does not compile the update of the {role} ({compiled}): {SWEEP}"
             )
         memory = memory_of(compiled, work, run)
-        needs.append(Need(f"the update of the {role}", resident | {WORK: memory.peak - sum(resident.values())}))
+        needs.append(
+            Need(f"the update of the {role}", resident | asleep | {WORK: memory.peak - sum(resident.values())})
+        )
     _refuse(roles, needs)
 
 
@@ -110,6 +113,12 @@ def _refuse(roles: Roles, needs: list[Need]) -> None:
         f"this run cannot fit: {worst.when} needs at least {worst.total / GB:.2f} GB on a device, and {name} has "
         f"{limit / GB:.2f} ({listed}). What helps: {'; '.join(cures)}. {SWEEP}"
     )
+
+
+def _asleep(c: Config, roles: Roles) -> dict[str, int]:
+    """What a vLLM keeps of our GPU while it sleeps: its CUDA context."""
+    total = _memory_of_gpu(roles)
+    return {"vLLM asleep": int(MARGIN * total)} if total and takes_turns(c) else {}
 
 
 def _memory_of_gpu(roles: Roles) -> float | None:

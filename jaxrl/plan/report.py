@@ -125,7 +125,9 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     asleep = ("engine",) if c.engine_sleeps else ()
     turns = takes_turns(c) and hardware.platform == "cuda"
     vllm = vllm_share(c, sum(device.values()), hardware.memory) if turns else None
-    plan = Plan(topology.name, hardware.name, hardware.source, hardware.memory, dict(mesh.shape), device, host, asleep, vllm)
+    plan = Plan(
+        topology.name, hardware.name, hardware.source, hardware.memory, dict(mesh.shape), device, host, asleep, vllm
+    )
     names = [work.name for work in run.work]
     if unknown := set(only or ()) - set(names):
         raise ValueError(f"the run has no program {', '.join(sorted(unknown))}: it has {', '.join(names)}")
