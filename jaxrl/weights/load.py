@@ -67,7 +67,7 @@ def load_array(
     checkpoint: Checkpoint, row: Row, struct: jax.ShapeDtypeStruct, sizes: Mapping[str, int], check_finite: bool
 ) -> jax.Array:
     """One array of the tree by its row of the name table."""
-    return fill(struct, lambda index: _read_slice(checkpoint, row, index, struct.dtype, sizes, check_finite))
+    return fill(struct, lambda index: read_slice(checkpoint, row, index, struct.dtype, sizes, check_finite))
 
 
 def fill(struct: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> jax.Array:
@@ -86,10 +86,10 @@ def fill(struct: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> j
     return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
 
 
-def _read_slice(
+def read_slice(
     checkpoint: Checkpoint, row: Row, index: Index, dtype: Any, sizes: Mapping[str, int], check_finite: bool
 ) -> np.ndarray:
-    """The slice `index` of our array, tensor by tensor (of layers, of experts) from those that hold it."""
+    """The slice `index` of our array, each cut with both ends, tensor by tensor (of layers, of experts)."""
     depth = len(row.stack)
     inner, where = index[depth:], row.hf_index(index[depth:], sizes)
     out = np.empty([cut.stop - cut.start for cut in index], dtype)
