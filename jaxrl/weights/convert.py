@@ -16,7 +16,7 @@ from ..models.decoder import abstract_params
 from ..parallel import make_mesh, with_shardings
 from .folder import both_spellings, new_folder, refuse_existing, write_json
 from .hf_names import Row, axis_sizes, flatten, in_order, rows
-from .load import read_slice
+from .load import read_slices
 from .orbax_folder import PARAMS, create_arrays
 from .peft import Adapter
 from .peft_tree import carry_adapter_config, write_adapter
@@ -150,7 +150,7 @@ def _write_orbax(
         at_once = 1 if row.stacked else spec.shape[0]
         for start in range(0, spec.shape[0], at_once):
             index = (slice(start, start + at_once), *(slice(0, size) for size in spec.shape[1:]))
-            part = read_slice(model.checkpoint, row, index, spec.dtype, sizes, True)
+            (part,) = read_slices(model.checkpoint, [row], index, [spec.dtype], sizes, True)
             array[index].write(part).result()
             yield part
             done += part.nbytes

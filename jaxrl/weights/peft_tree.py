@@ -23,7 +23,7 @@ from ..models.config import ModelConfig
 from ..parallel import fetch
 from .folder import new_folder, refuse_existing, write_json
 from .hf_names import HfTensor, Part, Row, axis_sizes, flatten, rows, tensors_of, unflatten
-from .load import load_array
+from .load import load_arrays
 from .peft import PREFIX, Adapter, adapter_from
 from .peft_config import CONFIG_FILE, AdapterConfig
 from .safetensors_writer import TensorSpec, dtype_named, write_safetensors
@@ -101,7 +101,10 @@ def load_lora(adapter: Adapter, config: ModelConfig, abstract_lora: Tree) -> Tre
     checkpoint = _filled_up(adapter, config, table, sizes)
     wanted = dict(flatten(abstract_lora))
     assert wanted.keys() == {row.ours for row in table}, wanted.keys() ^ {row.ours for row in table}
-    return unflatten({row.ours: load_array(checkpoint, row, wanted[row.ours], sizes, False) for row in table})
+    arrays: dict[str, jax.Array] = {}
+    for row in table:
+        arrays |= load_arrays(checkpoint, [row], wanted, sizes, check_finite=False)
+    return unflatten(arrays)
 
 
 def peft_tensors(lora: Tree, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
