@@ -385,6 +385,39 @@ def test_what_cannot_be_trained_here_says_so_and_how_to_merge_it(name, what):
         lora_settings(adapter, ModelConfig.from_hf(load_hf_config(base_path(adapter))))
 
 
+def test_adapters_of_experts_and_of_the_output_are_merged_exactly_and_not_trained(tmp_path):
+    """Each expert a Linear, as transformers 4 has them and PEFT adapts them there."""
+    base = DATA.parent / "hf_torch" / "mixtral"
+    stored, rng = load_file(base / "model.safetensors"), np.random.default_rng(0)
+    settings = json.loads((DATA / "lora" / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    for targets in (["w1", "w2", "w3"], ["lm_head"]):
+        folder, tensors, expected = tmp_path / targets[0], {}, dict(stored)
+        for name, weight in stored.items():
+            module = name.removesuffix(".weight")
+            if module.split(".")[-1] in targets:
+                a, b = (
+                    rng.normal(size=size).astype(np.float32) for size in ((4, weight.shape[1]), (weight.shape[0], 4))
+                )
+                tensors |= {f"base_model.model.{module}.lora_{x}.weight": part for x, part in (("A", a), ("B", b))}
+                expected[name] = weight + np.float32(settings["lora_alpha"] / 4) * (b @ a)
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": targets}))
+        merged_model, hf_config = merged(open_checkpoint(base), open_adapter(folder), load_hf_config(base))
+        assert len(tensors) > 1 and merged_model.tensors.keys() == expected.keys()
+        for name, weight in expected.items():
+            np.testing.assert_array_equal(merged_model.read(name), weight, err_msg=name)
+        with pytest.raises(
+            ValueError, match=r"an expert or outside of the layers, which can be merged but not trained"
+        ):
+            lora_settings(open_adapter(folder), ModelConfig.from_hf(hf_config))
+
+
+def test_adapter_of_another_family_is_not_trained():
+    with pytest.raises(ValueError, match=r"adapts model\.layers\.0\S+, which family gpt2 has not: another base"):
+        lora_settings(open_adapter(DATA / "lora"), ModelConfig.from_hf(load_hf_config(DATA / "base-gpt2")))
+
+
 def test_folder_without_an_adapter_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="holds no adapter_config.json: name the folder of a PEFT adapter"):
         open_adapter(tmp_path)
