@@ -1,5 +1,6 @@
 """Export: the same bytes back, folders that transformers opens, and nothing half-written or overwritten."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import abstract_params
-from jaxrl.models.families import FAMILIES
+from jaxrl.models.families import FAMILIES, Family
 from jaxrl.parallel import make_mesh, with_shardings
 from jaxrl.weights.convert import convert
 from jaxrl.weights.export import export_hf, hf_tensors
@@ -71,14 +72,28 @@ def source_with_tokenizer(folder: Path, name: str, dtype=np.float32) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_export_then_load_returns_identical_bytes(tmp_path, name):
-    source = DATA / "hf_torch" / name
+@pytest.mark.parametrize(
+    "folder", [*(f"hf_torch/{name}" for name in FOLDERS), "peft_lora/base-llama", "peft_lora/base-gpt2"]
+)
+def test_export_then_load_returns_identical_bytes(tmp_path, folder):
+    source = DATA / folder
     round_trip(source, tmp_path / "out")
     assert_identical(tmp_path / "out", source)
     written, read = load_hf_config(tmp_path / "out"), load_hf_config(source)
     assert written | read == written, "what config.json said, it still says"
     assert ModelConfig.from_hf(written) == ModelConfig.from_hf(read)
+
+
+def test_a_family_that_is_shaped_like_llama_is_one_entry_of_one_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llamoid", Family("Llamoid"))
+    source = source_with_tokenizer(tmp_path / "source", "llama31")
+    (source / "config.json").write_text(json.dumps(load_hf_config(source) | {"model_type": "llamoid"}))
+    round_trip(source, tmp_path / "out")
+    assert_identical(tmp_path / "out", source)
+    (params, config), (expected, llama) = load(source), load(DATA / "hf_torch" / "llama31")
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert dataclasses.replace(config, family="llama", hf_json=llama.hf_json) == llama
+    assert load_hf_config(tmp_path / "out")["architectures"] == ["LlamoidForCausalLM"]
 
 
 @pytest.mark.parametrize("family", FLAX)

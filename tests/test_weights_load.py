@@ -93,7 +93,7 @@ def test_loaded_arrays_are_the_torch_tensors_transposed_and_stacked(name):
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 8, 1), (1, 1, 8), (2, 2, 2), (8, 1, 1)])
-@pytest.mark.parametrize("name", ["qwen2", "llama31"])
+@pytest.mark.parametrize("name", ["qwen2", "llama31", "phi3", "gpt-neox", "gpt-oss"])
 def test_any_mesh_loads_the_same_arrays_where_they_belong(name, mesh_shape):
     config = config_of(DATA / name)
     abstract, axes = abstract_params(config)
