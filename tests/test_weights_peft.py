@@ -58,6 +58,17 @@ def logits_of(config: ModelConfig, variables, tokens) -> jax.Array:
         return logits(config, variables["params"], hidden)
 
 
+def logits_of_peft(base: Path, adapter: Path, tokens: np.ndarray) -> np.ndarray:
+    """Those of the libraries themselves."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, str(adapter)).eval()(torch.from_numpy(tokens).long()).logits.numpy()
+
+
 @pytest.mark.parametrize("name", LLAMA)
 def test_merged_llama_has_the_logits_of_pefts_merge(name):
     checkpoint, hf_config = merge(name)
@@ -171,7 +182,7 @@ def test_what_fills_up_an_adapter_stays_zero_in_training(name, tmp_path):
     assert len(moved) == len(before.checkpoint.tensors)
 
 
-def test_adapter_that_was_made_here_is_read_back_with_the_same_logits(tmp_path):
+def test_adapter_that_was_made_here_has_the_same_logits_in_peft_and_is_read_back(tmp_path):
     hf_config = load_hf_config(DATA / "base-llama")
     config = ModelConfig.from_hf(hf_config, lora_rank=3, lora_alpha=6.0, lora_targets=("q_proj", "o_proj", "up_proj"))
     abstract, _ = abstract_params(config)
@@ -191,7 +202,10 @@ def test_adapter_that_was_made_here_is_read_back_with_the_same_logits(tmp_path):
         stored[name.format("A")], lora["layers"]["self_attn"]["o_proj"]["a"][1].reshape(32, 3).T
     )
     assert {key for key, _ in peft_tensors(lora, config)} == stored.keys() and len(stored) == 2 * 3 * 2
-    _, again, params, read = trainable("out", folder=tmp_path)
+    adapter, again, params, read = trainable("out", folder=tmp_path)
+    tokens = rng.integers(1, 60, (2, 12))
+    expected = logits_of(config, {"params": params, "lora": lora}, tokens)
+    np.testing.assert_allclose(logits_of_peft(DATA / "base-llama", tmp_path / "out", tokens), expected, atol=5e-5)
     assert (again.lora_rank, again.lora_alpha, set(again.lora_targets)) == (3, 6.0, {"q_proj", "o_proj", "up_proj"})
     jax.tree.map(np.testing.assert_array_equal, lora, read)
 
@@ -203,8 +217,11 @@ def test_adapter_that_was_made_here_is_read_back_with_the_same_logits(tmp_path):
      ("hf_torch/gpt-neox", ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"], {"query_key_value": 9})],
 )  # fmt: skip
 def test_adapters_of_matrices_that_are_one_module_of_a_family_are_blocks_of_a_larger_rank(tmp_path, base, names, ranks):
-    source = DATA.parent / base
-    hf_config = load_hf_config(source if (source / "config.json").is_file() else source.parent)
+    source, stored_at = tmp_path / "base", DATA.parent / base
+    shutil.copytree(stored_at, source)
+    if stored_at.name == "torch":
+        shutil.copy(stored_at.parent / "config.json", source)
+    hf_config = load_hf_config(source)
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     plain = ModelConfig.from_hf(hf_config)
     config = dataclasses.replace(plain, lora_rank=3, lora_alpha=6.0, lora_targets=targets)
@@ -223,6 +240,7 @@ def test_adapters_of_matrices_that_are_one_module_of_a_family_are_blocks_of_a_la
     tokens = rng.integers(1, 80, (2, 12))
     expected = logits_of(plain, {"params": load_params(checkpoint, plain, abstract["params"])}, tokens)
     np.testing.assert_allclose(logits_of(config, {"params": params, "lora": lora}, tokens), expected, atol=5e-5)
+    np.testing.assert_allclose(logits_of_peft(source, tmp_path / "out", tokens), expected, atol=5e-5)
 
     # And it is read back as it was, but for what is not on the diagonal.
     again = dataclasses.replace(plain, **lora_settings(adapter, plain))
