@@ -7,7 +7,6 @@ kernel when they are freed, so each call would fault all its pages in again: 10 
 from __future__ import annotations
 
 import ctypes
-import gc
 import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
@@ -20,10 +19,3 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
     return all([mallopt(option, value) == 1 for option, value in wanted.items()])
-
-
-def give_back_freed_memory() -> None:
-    """Hand what was freed back to the kernel: many buffers of middling size leave holes that glibc keeps."""
-    gc.collect()  # jax leaves cycles that hold the host's part of an array
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)

@@ -63,7 +63,7 @@ class RewardModel:
         self.source, head = with_adapter_merged(find(path)), head or Head()
         config = model_config(model, self.source.hf_config, module=head.module)
         if head.module is None and self.source.checkpoint.tensors:  # of which a plan may know nothing
-            config = dataclasses.replace(config, score_bias=_linear_head(self.source, head.path).has_bias)
+            config = dataclasses.replace(config, score_bias=_head_of_one_label(self.source, head.path).has_bias)
         self.mesh, self.config, self.head_path = mesh, config, head.path
         self.rows = max(1, max_tokens // ROWS)  # of ROWS tokens in a micro-batch on one device
         self.critic = Critic(mesh, config, None, 0.0)
@@ -111,7 +111,7 @@ class RewardModel:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _linear_head(source: Pretrained, path: str | None) -> FoundHead:
+def _head_of_one_label(source: Pretrained, path: str | None) -> FoundHead:
     """The head of a model that says one number. Raises ValueError where it has none, or another."""
     head = find_head(source.checkpoint, source.hf_config, path=path)
     if head is None or head.num_labels != 1:

@@ -36,6 +36,18 @@ def vllm_python() -> str:
 
 
 @pytest.fixture(scope="session")
+def transformers_4() -> str:
+    """A folder with transformers 4 to put before the installed packages."""
+    folder = os.environ.get("JAXRL_TRANSFORMERS_4")
+    if not folder:
+        pytest.skip(
+            "JAXRL_TRANSFORMERS_4 is not set: `pip install --no-deps --target DIR -r tests/transformers_4.txt` makes the "
+            "folder that it names"
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def served_models(tmp_path_factory) -> dict[str, Path]:
     """Random models with a tokenizer of single characters: "tied" (Llama) and "untied" (Qwen3).
 

@@ -206,23 +206,24 @@ from jaxrl.weights.convert import convert
 def anonymous():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("RssAnon")) * 1024
 
-small, source, out = sys.argv[1:]
-convert(small, out + "-small", to="orbax", mesh=(1, 2, 1))  # everything is imported and compiled
-before, peaks = anonymous(), [0]
-
 def watch():
     while True:
-        peaks[0] = max(peaks[0], anonymous())
+        peak[0] = max(peak[0], anonymous())
         time.sleep(0.002)
 
+peak = [0]
 threading.Thread(target=watch, daemon=True).start()
-convert(source, out, to="orbax", mesh=(1, 2, 1))
-print(peaks[0] - before)
+small, source, out = sys.argv[1:]
+for to in ("hf", "orbax"):
+    convert(small, f"{out}-small-{to}", to=to, mesh=(1, 2, 1))  # everything is imported and compiled
+    before = peak[0] = anonymous()
+    convert(source, f"{out}-{to}", to=to, mesh=(1, 2, 1))
+    print(to, peak[0] - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read from /proc")
-def test_orbax_conversion_holds_the_largest_array_up_to_three_times_and_not_the_model(tmp_path):
+def test_a_conversion_holds_a_tensor_three_times_at_most_and_never_an_array_of_all_layers(tmp_path):
     D, F, L = 256, 8192, 8
     config = load_hf_config(DATA / "hf_torch" / "llama32-tied") | {
         "vocab_size": 8, "hidden_size": D, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
@@ -248,13 +249,17 @@ def test_orbax_conversion_holds_the_largest_array_up_to_three_times_and_not_the_
     flags = "--xla_force_host_platform_device_count=2"
     run = subprocess.run(
         [sys.executable, "-c", _MEASURE, *(str(tmp_path / name) for name in ("small", "large", "out"))],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, capture_output=True, text=True,
+        # Below this size glibc keeps what each thread has freed; layers of a real model are above its highest.
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    largest = L * D * F * 4
-    assert int(run.stdout) < 3.4 * largest, "besides the arrays, buffers of the writer"
-    convert(str(tmp_path / "out"), tmp_path / "back")
-    assert_same(tmp_path / "back", tmp_path / "large")
+    peaks = dict(line.split() for line in run.stdout.splitlines())
+    for to in ("hf", "orbax"):  # as it is stored, as it is written, and the one before
+        assert int(peaks[to]) < 4 * D * F * 4, to
+    convert(str(tmp_path / "out-orbax"), tmp_path / "back")
+    for folder in ("back", "out-hf"):
+        assert_same(tmp_path / folder, tmp_path / "large")
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax", "peft"])
@@ -277,7 +282,14 @@ def test_numbers_that_a_dtype_cannot_hold_are_refused_by_name(tmp_path, to):
 
 
 @pytest.mark.parametrize(
-    "name", ["hf_torch/qwen3", "hf_torch/llama32-tied", "heads/qwen2-tokencls-critic", "hf_flax/llama-bf16"]
+    "name",
+    [
+        "hf_torch/qwen3",
+        "hf_torch/llama32-tied",
+        "hf_torch/gpt-oss",
+        "heads/qwen2-tokencls-critic",
+        "hf_flax/llama-bf16",
+    ],
 )
 def test_to_orbax_and_back_is_byte_identical(tmp_path, name):
     convert(str(DATA / name), tmp_path / "hf")
@@ -295,6 +307,22 @@ def test_converted_orbax_folder_is_a_model_that_loads_onto_any_mesh(tmp_path):
     expected = load_params(source, config, abstract["params"])
     target = with_shardings(make_mesh(1, 8, 1), abstract["params"], axes["params"])
     jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "orbax", config, target), expected)
+
+
+def test_converted_orbax_folder_is_read_by_orbax_itself(tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    source = DATA / "hf_torch" / "llama31"
+    convert(str(source), tmp_path / "orbax", to="orbax", mesh=(1, 2, 2), dtype="bfloat16")
+    abstract, axes = abstract_params(ModelConfig.from_hf(load_hf_config(source)))
+    as_bf16 = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), abstract["params"])
+    expected = load_params(source, ModelConfig.from_hf(load_hf_config(source)), as_bf16)
+    on_the_host = ocp.load(str(tmp_path / "orbax" / "params"))
+    on_a_mesh = ocp.load(
+        str(tmp_path / "orbax" / "params"), with_shardings(make_mesh(1, 8, 1), as_bf16, axes["params"])
+    )
+    for loaded in (on_the_host, on_a_mesh):
+        jax.tree.map(np.testing.assert_array_equal, loaded, expected)
 
 
 def save_run(folder: Path, trained: dict, model: Path, **settings) -> str:

@@ -1,9 +1,12 @@
 """Export: the same bytes back, folders that transformers opens, and nothing half-written or overwritten."""
 
+import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import jax
@@ -15,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import abstract_params
-from jaxrl.models.families import FAMILIES
+from jaxrl.models.families import FAMILIES, Family
 from jaxrl.parallel import make_mesh, with_shardings
+from jaxrl.weights.convert import convert
 from jaxrl.weights.export import export_hf, hf_tensors
 from jaxrl.weights.folder import both_spellings, new_folder
 from jaxrl.weights.hf_names import flatten, score_module
@@ -68,14 +72,28 @@ def source_with_tokenizer(folder: Path, name: str, dtype=np.float32) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_export_then_load_returns_identical_bytes(tmp_path, name):
-    source = DATA / "hf_torch" / name
+@pytest.mark.parametrize(
+    "folder", [*(f"hf_torch/{name}" for name in FOLDERS), "peft_lora/base-llama", "peft_lora/base-gpt2"]
+)
+def test_export_then_load_returns_identical_bytes(tmp_path, folder):
+    source = DATA / folder
     round_trip(source, tmp_path / "out")
     assert_identical(tmp_path / "out", source)
     written, read = load_hf_config(tmp_path / "out"), load_hf_config(source)
     assert written | read == written, "what config.json said, it still says"
     assert ModelConfig.from_hf(written) == ModelConfig.from_hf(read)
+
+
+def test_a_family_that_is_shaped_like_llama_is_one_entry_of_one_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llamoid", Family("Llamoid"))
+    source = source_with_tokenizer(tmp_path / "source", "llama31")
+    (source / "config.json").write_text(json.dumps(load_hf_config(source) | {"model_type": "llamoid"}))
+    round_trip(source, tmp_path / "out")
+    assert_identical(tmp_path / "out", source)
+    (params, config), (expected, llama) = load(source), load(DATA / "hf_torch" / "llama31")
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert dataclasses.replace(config, family="llama", hf_json=llama.hf_json) == llama
+    assert load_hf_config(tmp_path / "out")["architectures"] == ["LlamoidForCausalLM"]
 
 
 @pytest.mark.parametrize("family", FLAX)
@@ -270,6 +288,51 @@ def test_config_is_written_in_the_spellings_of_transformers_4_and_5(tmp_path):
     assert both["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
     assert both_spellings({"rope_theta": 1e6, "rope_scaling": None}, "float32")["rope_scaling"] is None
     assert ModelConfig.from_hf(new) == ModelConfig.from_hf({k: v for k, v in new.items() if k != "rope_parameters"})
+
+
+def with_another_rope(config: dict) -> dict:
+    """The config with bases, and parts of a head that are rotated, that are no family's default."""
+    ropes = config["rope_parameters"]
+    for rope in [ropes] if "rope_theta" in ropes else ropes.values():
+        rope["rope_theta"] *= 1.7
+        if rope.get("partial_rotary_factor", 1) <= 0.5:
+            rope["partial_rotary_factor"] *= 2
+    return config
+
+
+def test_transformers_4_and_5_read_the_same_rope_and_give_the_same_logits(tmp_path, transformers_4):
+    """Of a config.json in either's spelling, what transformers 5 reads in its own before we have written anything."""
+    for name in FOLDERS:
+        source, first, old, second = (tmp_path / part / name for part in ("source", "first", "old", "second"))
+        shutil.copytree(DATA / "hf_torch" / name, source)
+        (source / "config.json").write_text(json.dumps(with_another_rope(load_hf_config(source))))
+        convert(str(source), first)
+        shutil.copytree(first, old)
+        config = load_hf_config(old)
+        del config["rope_parameters"], config["dtype"]  # so transformers 4 has it
+        (old / "config.json").write_text(json.dumps(config))
+        convert(str(old), second)
+    recorded = {name: np.load(DATA / "hf_torch" / name / "expected_logits.npz") for name in FOLDERS}
+    running = {}
+    for version, python_path, parts in (
+        (4, transformers_4, ("first", "second")),
+        (5, "", ("source", "first", "second")),
+    ):
+        inputs = {f"{part}/{name}": recorded[name]["input_ids"] for part, name in product(parts, FOLDERS)}
+        np.savez(tmp_path / f"inputs_{version}.npz", **inputs)
+        running[version] = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("opened_by_transformers.py"), str(version)],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    assert [process.wait() for process in running.values()] == [0, 0]
+    opened = {version: np.load(tmp_path / f"opened_by_{version}.npz") for version in running}
+    for name in FOLDERS:
+        expected = {key: opened[5][f"source/{name}/{key}"] for key in ("inv_freq", "logits")}
+        assert np.abs(expected["logits"] - recorded[name]["logits"]).max() > 1e-3, "another rope than was recorded"
+        for version, part, key in product(opened, ("first", "second"), expected):
+            np.testing.assert_allclose(  # float32; each version adds up experts in another order
+                opened[version][f"{part}/{name}/{key}"], expected[key], atol=1e-5, rtol=1e-5, err_msg=name
+            )
 
 
 def test_the_early_name_of_longrope_is_exported_under_the_one_that_transformers_knows(tmp_path):

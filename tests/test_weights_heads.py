@@ -41,8 +41,7 @@ def load(folder: Path, head: str = "score", **options):
     """Config and parameters of a folder, its head as it was found."""
     hf_config = load_hf_config(folder)
     found = find_head(open_checkpoint(folder), hf_config, path=options.get("head_path"))
-    run = {"num_labels": found.num_labels, "score_bias": found.has_bias} if head == "score" and found else {}
-    config = ModelConfig.from_hf(hf_config, **run)
+    config = ModelConfig.from_hf(hf_config, **(found.settings if head == "score" and found else {}))
     return load_params(folder, config, abstract_params(config, head)[0]["params"], **options), config
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of the real libraries into sharded arrays, and every way in which a checkpoint can be wrong."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_loaded_arrays_are_the_torch_tensors_transposed_and_stacked(name):
 
 
 @pytest.mark.parametrize("mesh_shape", [(1, 8, 1), (1, 1, 8), (2, 2, 2), (8, 1, 1)])
-@pytest.mark.parametrize("name", ["qwen2", "llama31"])
+@pytest.mark.parametrize("name", ["qwen2", "llama31", "phi3", "gpt-neox", "gpt-oss"])
 def test_any_mesh_loads_the_same_arrays_where_they_belong(name, mesh_shape):
     config = config_of(DATA / name)
     abstract, axes = abstract_params(config)
@@ -104,16 +105,19 @@ def test_any_mesh_loads_the_same_arrays_where_they_belong(name, mesh_shape):
     assert sharded.keys() == single.keys()
 
 
-def test_every_byte_is_read_once_however_many_devices_share_it():
-    """8 replicas read the file once; 8 shards together read it once; weights that are not split are read once too."""
-    folder = DATA / "llama31"
+@pytest.mark.parametrize(
+    "folder", [*sorted(DATA.iterdir()), DATA.parent / "hf_flax" / "bloom"], ids=lambda path: path.name
+)
+def test_every_byte_is_read_once_however_many_devices_share_it(folder):
+    """8 replicas read the file once; 8 shards together read it once, so none reads more than it holds, of fused matrices
+    (Phi-3, GPT-NeoX, Bloom, gpt-oss) too; weights that are not split are read once too."""
     config = config_of(folder)
-    size = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     for mesh_shape in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
         abstract, axes = abstract_params(config)
         checkpoint = open_checkpoint(folder)
         load_params(checkpoint, config, with_shardings(make_mesh(*mesh_shape), abstract["params"], axes["params"]))
-        assert checkpoint.bytes_read == size
+        stored = checkpoint.tensors.values()
+        assert checkpoint.bytes_read == sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in stored)
 
 
 def test_a_host_reads_only_the_slices_of_its_own_devices():

@@ -58,6 +58,17 @@ def logits_of(config: ModelConfig, variables, tokens) -> jax.Array:
         return logits(config, variables["params"], hidden)
 
 
+def logits_of_peft(base: Path, adapter: Path, tokens: np.ndarray) -> np.ndarray:
+    """Those of the libraries themselves."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, str(adapter)).eval()(torch.from_numpy(tokens).long()).logits.numpy()
+
+
 @pytest.mark.parametrize("name", LLAMA)
 def test_merged_llama_has_the_logits_of_pefts_merge(name):
     checkpoint, hf_config = merge(name)
@@ -171,7 +182,7 @@ def test_what_fills_up_an_adapter_stays_zero_in_training(name, tmp_path):
     assert len(moved) == len(before.checkpoint.tensors)
 
 
-def test_adapter_that_was_made_here_is_read_back_with_the_same_logits(tmp_path):
+def test_adapter_that_was_made_here_has_the_same_logits_in_peft_and_is_read_back(tmp_path):
     hf_config = load_hf_config(DATA / "base-llama")
     config = ModelConfig.from_hf(hf_config, lora_rank=3, lora_alpha=6.0, lora_targets=("q_proj", "o_proj", "up_proj"))
     abstract, _ = abstract_params(config)
@@ -191,7 +202,10 @@ def test_adapter_that_was_made_here_is_read_back_with_the_same_logits(tmp_path):
         stored[name.format("A")], lora["layers"]["self_attn"]["o_proj"]["a"][1].reshape(32, 3).T
     )
     assert {key for key, _ in peft_tensors(lora, config)} == stored.keys() and len(stored) == 2 * 3 * 2
-    _, again, params, read = trainable("out", folder=tmp_path)
+    adapter, again, params, read = trainable("out", folder=tmp_path)
+    tokens = rng.integers(1, 60, (2, 12))
+    expected = logits_of(config, {"params": params, "lora": lora}, tokens)
+    np.testing.assert_allclose(logits_of_peft(DATA / "base-llama", tmp_path / "out", tokens), expected, atol=5e-5)
     assert (again.lora_rank, again.lora_alpha, set(again.lora_targets)) == (3, 6.0, {"q_proj", "o_proj", "up_proj"})
     jax.tree.map(np.testing.assert_array_equal, lora, read)
 
@@ -203,8 +217,11 @@ def test_adapter_that_was_made_here_is_read_back_with_the_same_logits(tmp_path):
      ("hf_torch/gpt-neox", ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"], {"query_key_value": 9})],
 )  # fmt: skip
 def test_adapters_of_matrices_that_are_one_module_of_a_family_are_blocks_of_a_larger_rank(tmp_path, base, names, ranks):
-    source = DATA.parent / base
-    hf_config = load_hf_config(source if (source / "config.json").is_file() else source.parent)
+    source, stored_at = tmp_path / "base", DATA.parent / base
+    shutil.copytree(stored_at, source)
+    if stored_at.name == "torch":
+        shutil.copy(stored_at.parent / "config.json", source)
+    hf_config = load_hf_config(source)
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     plain = ModelConfig.from_hf(hf_config)
     config = dataclasses.replace(plain, lora_rank=3, lora_alpha=6.0, lora_targets=targets)
@@ -223,6 +240,7 @@ def test_adapters_of_matrices_that_are_one_module_of_a_family_are_blocks_of_a_la
     tokens = rng.integers(1, 80, (2, 12))
     expected = logits_of(plain, {"params": load_params(checkpoint, plain, abstract["params"])}, tokens)
     np.testing.assert_allclose(logits_of(config, {"params": params, "lora": lora}, tokens), expected, atol=5e-5)
+    np.testing.assert_allclose(logits_of_peft(source, tmp_path / "out", tokens), expected, atol=5e-5)
 
     # And it is read back as it was, but for what is not on the diagonal.
     again = dataclasses.replace(plain, **lora_settings(adapter, plain))
@@ -383,6 +401,39 @@ def test_what_cannot_be_trained_here_says_so_and_how_to_merge_it(name, what):
     with pytest.raises(ValueError, match=rf"{what}.*can be merged but not trained here: .*--merge-lora"):
         adapter = open_adapter(DATA / name)
         lora_settings(adapter, ModelConfig.from_hf(load_hf_config(base_path(adapter))))
+
+
+def test_adapters_of_experts_and_of_the_output_are_merged_exactly_and_not_trained(tmp_path):
+    """Each expert a Linear, as transformers 4 has them and PEFT adapts them there."""
+    base = DATA.parent / "hf_torch" / "mixtral"
+    stored, rng = load_file(base / "model.safetensors"), np.random.default_rng(0)
+    settings = json.loads((DATA / "lora" / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    for targets in (["w1", "w2", "w3"], ["lm_head"]):
+        folder, tensors, expected = tmp_path / targets[0], {}, dict(stored)
+        for name, weight in stored.items():
+            module = name.removesuffix(".weight")
+            if module.split(".")[-1] in targets:
+                a, b = (
+                    rng.normal(size=size).astype(np.float32) for size in ((4, weight.shape[1]), (weight.shape[0], 4))
+                )
+                tensors |= {f"base_model.model.{module}.lora_{x}.weight": part for x, part in (("A", a), ("B", b))}
+                expected[name] = weight + np.float32(settings["lora_alpha"] / 4) * (b @ a)
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": targets}))
+        merged_model, hf_config = merged(open_checkpoint(base), open_adapter(folder), load_hf_config(base))
+        assert len(tensors) > 1 and merged_model.tensors.keys() == expected.keys()
+        for name, weight in expected.items():
+            np.testing.assert_array_equal(merged_model.read(name), weight, err_msg=name)
+        with pytest.raises(
+            ValueError, match=r"an expert or outside of the layers, which can be merged but not trained"
+        ):
+            lora_settings(open_adapter(folder), ModelConfig.from_hf(hf_config))
+
+
+def test_adapter_of_another_family_is_not_trained():
+    with pytest.raises(ValueError, match=r"adapts model\.layers\.0\S+, which family gpt2 has not: another base"):
+        lora_settings(open_adapter(DATA / "lora"), ModelConfig.from_hf(load_hf_config(DATA / "base-gpt2")))
 
 
 def test_folder_without_an_adapter_says_what_is_missing(tmp_path):

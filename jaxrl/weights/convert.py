@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from ..host_memory import give_back_freed_memory
 from ..models.decoder import abstract_params
 from ..parallel import make_mesh, with_shardings
 from .folder import both_spellings, new_folder, refuse_existing, write_json
-from .hf_names import axis_sizes, flatten, in_order, rows
-from .load import load_array
-from .orbax_folder import PARAMS, save_arrays
+from .hf_names import Row, axis_sizes, flatten, in_order, rows
+from .load import read_slices
+from .orbax_folder import PARAMS, create_arrays
 from .peft import Adapter
 from .peft_tree import carry_adapter_config, write_adapter
 from .safetensors_writer import TensorSpec, dtype_named
@@ -27,8 +25,6 @@ from .source import Options, Source, open_adapter_source, open_source
 from .stored import cast
 from .verify import verify_adapter, verify_logits, verify_tensors
 from .write import Manifest, write_model
-
-_LARGE = 1 << 24  # bytes of an array around which it is worth the time to give memory back
 
 FORMATS = ("hf", "orbax", "peft")
 Progress = Callable[[str, int, int], None]  # name of the tensor, bytes until now, bytes in all
@@ -143,36 +139,32 @@ def _write_orbax(
     """config.json and companions as in a Hugging Face folder, and the arrays of our tree in `params/`."""
     dtypes = {spec.name: spec.dtype for spec in specs}
     abstract, axes = abstract_params(model.config, model.head)
-    target = dict(flatten(with_shardings(make_mesh(*mesh), abstract["params"], axes["params"])))
+    shapes = dict(flatten(with_shardings(make_mesh(*mesh), abstract["params"], axes["params"])))
     sizes, table = axis_sizes(model.config), rows(model.config, head=model.head)
-    wanted = {
-        row.ours: jax.ShapeDtypeStruct(
-            target[row.ours].shape, dtypes[row.hf_names(sizes)[0]], sharding=target[row.ours].sharding
-        )
-        for row in table
-    }
-    arrays = [TensorSpec(ours, struct.shape, np.dtype(struct.dtype)) for ours, struct in wanted.items()]
-    manifest, total = Manifest(described(model), arrays), sum(spec.nbytes for spec in arrays)
+    wanted = [TensorSpec(row.ours, shapes[row.ours].shape, dtypes[row.hf_names(sizes)[0]]) for row in table]
+    done, total = 0, sum(spec.nbytes for spec in wanted)
 
-    def stream() -> Iterator[tuple[str, Any]]:
-        done = 0
-        for row, spec in zip(table, arrays, strict=True):
-            is_large = spec.nbytes >= _LARGE
-            if is_large:
-                give_back_freed_memory()
-            array = load_array(model.checkpoint, row, wanted[row.ours], sizes, True)
-            if is_large:
-                give_back_freed_memory()
-            manifest.record(row.ours, _parts(array, row.stacked))
-            yield row.ours, array
-            del array  # before the next one is read: the largest arrays are those of all layers
-            done += spec.nbytes
+    def written(row: Row, spec: TensorSpec, array: Any) -> Iterator[np.ndarray]:
+        """The parts of an array, each after it was written: layer by layer, or all of one that has no layers."""
+        nonlocal done
+        at_once = 1 if row.stacked else spec.shape[0]
+        for start in range(0, spec.shape[0], at_once):
+            index = (slice(start, start + at_once), *(slice(0, size) for size in spec.shape[1:]))
+            (part,) = read_slices(model.checkpoint, [row], index, [spec.dtype], sizes, True)
+            array[index].write(part).result()
+            yield part
+            done += part.nbytes
             progress(row.ours, done, total)
 
     with new_folder(out) as folder:
         model.write_companions(folder)
         write_json(folder / "config.json", both_spellings(model.hf_config, specs[0].dtype.name))
-        save_arrays(folder.resolve() / PARAMS, stream(), {row.ours for row in table if row.stacked})
+        manifest = Manifest(described(model), wanted)
+        chunks = [shapes[row.ours].sharding.shard_shape(shapes[row.ours].shape) for row in table]
+        chunks = [(1, *chunk[1:]) if row.stacked else chunk for row, chunk in zip(table, chunks, strict=True)]
+        arrays = create_arrays(folder / PARAMS, wanted, chunks)
+        for row, spec, array in zip(table, wanted, arrays, strict=True):
+            manifest.record(row.ours, written(row, spec, array))
         manifest.write(folder)
         if verify:
             verify_tensors(folder, model, specs)
@@ -191,9 +183,3 @@ def _write_peft(adapter: Adapter, source: str, out: Path, dtype: str | None, ver
         write_adapter(folder, tensors, source=source)
         if verify:
             verify_adapter(folder, adapter)
-
-
-def _parts(array: jax.Array, is_stacked: bool) -> Iterator[np.ndarray]:
-    """The array on the host, layer by layer where it has layers."""
-    for index in range(array.shape[0]) if is_stacked else [...]:
-        yield np.asarray(array[index])

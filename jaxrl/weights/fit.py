@@ -7,20 +7,18 @@ only a table of constants is left out. The rest must be exactly the tensors of t
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Collection
 
 import numpy as np
 
 from ..models.config import ModelConfig
 from .bnb import dequantized, packed_tensors
-from .heads import OUTPUTS, VALUE_HEADS, find_head, unknown_head, with_head_as
+from .heads import OUTPUTS, find_head, unknown_head, with_head_as, without_the_other_head
 from .hf_names import IGNORED, HfTensor, embedding_of, in_order, score_module
 from .prefixes import with_expected_names
 from .stored import Checkpoint
 
 _ROWS_AT_ONCE = 4096  # of the two tables, when they are compared
-_log = logging.getLogger(__name__)
 
 
 def fitted(
@@ -72,8 +70,7 @@ def _check_coverage(
     if missing:
         raise ValueError(f"{checkpoint.folder} lacks {_named('tensor', missing)} that this model needs {model}")
     extra = [name for name in stored if name not in expected and not IGNORED.search(name)]
-    if head == "score":  # a critic drops the output of its language model
-        extra = [name for name in extra if name.rpartition(".")[0] not in OUTPUTS]
+    extra = without_the_other_head(checkpoint, extra, head)
     for output in [name for name in extra if name.removesuffix(".weight") in OUTPUTS]:
         extra.remove(output)  # a tied model may only repeat its embedding there
         if not _equal(checkpoint, output, embedding_of(config)):
@@ -81,9 +78,6 @@ def _check_coverage(
                 f"{checkpoint.folder}: tensor {output} differs from {embedding_of(config)}, and config.json says that "
                 "they are tied: set tie_word_embeddings to false there"
             )
-    if head == "lm" and any(name.startswith(VALUE_HEADS) for name in extra):
-        _log.warning("%s: the value head beside the language model is left out", checkpoint.folder)
-        extra = [name for name in extra if not name.startswith(VALUE_HEADS)]
     if extra:
         hint = unknown_head(checkpoint, extra)
         raise ValueError(

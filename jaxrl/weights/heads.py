@@ -2,21 +2,26 @@
 
 transformers' classification models call it `score` or `classifier`, TRL `v_head.summary`, OpenRLHF whatever
 `value_head_prefix` of `config.json` says. A head under another name is reported with its shape, to be named by
-`head.path`.
+`head.path`. A checkpoint may hold a language model, a score head or both: `which_head` says which is meant, and what
+belongs to the other one is left out when it is loaded.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..models.config import ModelConfig
 from .stored import Checkpoint
 
 # Their names, in the order in which they are looked for.
 HEADS = ("score", "value_head", "v_head.summary", "v_head", "reward_head", "regression_head", "classifier")
 OUTPUTS = ("lm_head", "embed_out")  # of language models
-VALUE_HEADS = ("v_head.", "value_head.")  # which stand beside a language model that is whole without them
+_VALUE_HEADS = ("v_head.", "value_head.")  # which stand beside a language model that is whole without them
+_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,48 @@ class FoundHead:
     num_labels: int
     has_bias: bool
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `ModelConfig` must hold for it."""
+        return {"num_labels": self.num_labels, "score_bias": self.has_bias}
+
+
+def which_head(
+    checkpoint: Checkpoint, hf_config: Mapping[str, Any], *, head: str | None, path: str | None
+) -> tuple[str, dict[str, Any]]:
+    """Which head is meant, "lm" or "score", and what `ModelConfig` must hold for it.
+
+    `head` and `path` are what was asked for, if anything. Raises ValueError where a checkpoint holds both and nothing
+    says which, or has not the head that is asked for.
+    """
+    if head not in (None, "lm", "score"):
+        raise ValueError(f"head {head!r} is not one of lm, score")
+    if head == "lm":
+        return "lm", {}
+    found = find_head(checkpoint, hf_config, path=path)
+    architectures = hf_config.get("architectures")
+    is_classifier = str((architectures or [""])[0]).endswith(_CLASSES)
+    if found is None:
+        if head == "score" or is_classifier:
+            raise ValueError(
+                f"{checkpoint.folder} has no head under any of the usual names ({', '.join(HEADS)}): "
+                "name it by head_path (--head-path)"
+            )
+        return "lm", {}
+    if architectures == [] and found.path in ("score", "classifier"):  # of a family that has no such class
+        is_classifier = True
+    is_tied = ModelConfig.from_hf(hf_config).tie_embeddings
+    has_output = is_tied or any(name.startswith(OUTPUTS) for name in checkpoint.tensors)
+    if has_output and not is_classifier and head is None and path is None:
+        raise ValueError(
+            f"{checkpoint.folder} holds a language model and the head {found.path}: say which is meant by head (--head), "
+            "lm or score"
+        )
+    return "score", found.settings
+
 
 def find_head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], *, path: str | None = None) -> FoundHead | None:
-    """The score head of a checkpoint, or None where it is a language model without one: what `ModelConfig` must hold.
+    """The score head of a checkpoint, or None where it is a language model without one.
 
     `path` is what `head.path` of the config says, the full name of a module; without it the usual names are tried,
     the one in `value_head_prefix` first. Raises ValueError where several are there, or one that is not linear.
@@ -53,6 +97,16 @@ def find_head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], *, path: str
 def with_head_as(checkpoint: Checkpoint, head: FoundHead, module: str) -> Checkpoint:
     """The checkpoint with its head under the name `module`."""
     return checkpoint.renamed({f"{head.path}.{part}": f"{module}.{part}" for part in ("weight", "bias")})
+
+
+def without_the_other_head(checkpoint: Checkpoint, extra: list[str], head: str) -> list[str]:
+    """Of the tensors that a model has no place for, those that are not of a head which it does without."""
+    if head == "score":  # a critic drops the output of its language model
+        return [name for name in extra if name.rpartition(".")[0] not in OUTPUTS]
+    kept = [name for name in extra if not name.startswith(_VALUE_HEADS)]
+    if len(kept) < len(extra):
+        _log.warning("%s: the value head beside the language model is left out", checkpoint.folder)
+    return kept
 
 
 def unknown_head(checkpoint: Checkpoint, extra: list[str]) -> str | None:

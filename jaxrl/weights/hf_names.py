@@ -112,41 +112,30 @@ class Row:
 
         Of merged axes the outermost is cut and the inner ones are taken whole: rows stay contiguous on disk.
         """
-        ranges = dict(zip(self.letters, index, strict=True))
-        sizes = self._hf_sizes(sizes)
-        where = []
+        sizes, where = self._hf_sizes(sizes), []
         for outer, *inner in self.groups:
-            block = math.prod(sizes[letter] for letter in inner)
-            start, stop = self._range(outer, ranges, sizes)
-            where.append(slice(start * block, stop * block))
+            block, cut = math.prod(sizes[letter] for letter in inner), self._along(outer, index)
+            where.append(slice(cut.start * block, cut.stop * block))
         return tuple(where)
 
     def to_ours(self, piece: np.ndarray, index: Index, sizes: Mapping[str, int]) -> np.ndarray:
         """What was read at `hf_index(index)`, with our axes: exactly the slice `index` of ours."""
-        hf_sizes = self._hf_sizes(sizes)
-        inner = {letter: hf_sizes[letter] for group in self.groups for letter in group[1:]}
         left, right = self.pattern.split("->")
-        ranges = zip(self.letters, index, strict=True)
-        cuts = tuple(cut if letter in inner else slice(None) for letter, cut in ranges)
-        for letter, start, _ in self._chosen:
-            whole = rearrange(piece, f"{left} -> {letter} {right}", **inner)
-            return whole[start if letter in inner else 0][cuts]
-        return rearrange(piece, self.pattern, **inner)[cuts]
+        sizes = self._hf_sizes(sizes)
+        inner = {letter: sizes[letter] for group in self.groups for letter in group[1:]}
+        apart = rearrange(piece, f"{left} -> {' '.join(self._axes)}", **inner)
+        cuts = [self._along(letter, index) if letter in inner else slice(None) for letter in self._axes]
+        return rearrange(apart[tuple(cuts)], f"{self._axes_with_ours} -> {right}")
 
     def fill(self, tensor: np.ndarray, array: np.ndarray) -> None:
         """Write ours, at one place, into its part of the Hugging Face tensor."""
-        sizes = {letter: size for letter, size in zip(self.letters, array.shape, strict=True)}
-        sizes = self._hf_sizes(sizes)
-        left, right = self.pattern.split("->")
-        flat = " ".join(letter for group in self.groups for letter in group)
-        unmerged = tensor.reshape([sizes[letter] for group in self.groups for letter in group])
-        assert np.shares_memory(unmerged, tensor), "a new tensor is contiguous"
-        for letter, _, _ in self._chosen:
-            array, right = array[None], f"{letter} {right}"
-        array = rearrange(array, f"{right} -> {flat}")
-        starts = {letter: start for letter, start, _ in self.parts}
-        cuts = ((starts.get(axis, 0), size) for axis, size in zip(flat.split(), array.shape, strict=True))
-        unmerged[tuple(slice(start, start + size) for start, size in cuts)] = array
+        right = self.pattern.split("->")[1]
+        sizes = self._hf_sizes(dict(zip(self.letters, array.shape, strict=True)))
+        apart = tensor.reshape([sizes[letter] for letter in self._axes])
+        assert np.shares_memory(apart, tensor), "a new tensor is contiguous"
+        whole = tuple(slice(0, size) for size in array.shape)
+        cuts = [self._along(letter, whole) for letter in self._axes]
+        apart[tuple(cuts)] = rearrange(array, f"{right} -> {self._axes_with_ours}")
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """Ours, at one place -> the Hugging Face tensor, of which it is the whole."""
@@ -155,20 +144,31 @@ class Row:
         return rearrange(array, f"{right} -> {left}")
 
     @property
-    def _chosen(self) -> list[Part]:
-        """The part, at most one, of an axis that ours has not."""
-        return [part for part in self.parts if part.letter not in self.letters]
+    def is_interleaved(self) -> bool:
+        """Whether what lies at `hf_index` holds parts of other arrays too, between those of ours."""
+        inner = [letter for group in self.groups for letter in group[1:]]
+        return any(letter in inner and letter not in self.letters for letter, _, _ in self.parts)
+
+    @property
+    def _axes(self) -> list[str]:
+        """The letters of the Hugging Face tensor, of merged axes each by itself."""
+        return [letter for group in self.groups for letter in group]
+
+    @property
+    def _axes_with_ours(self) -> str:
+        """The same, and 1 for each that ours has not."""
+        return " ".join(letter if letter in self.letters else "1" for letter in self._axes)
+
+    def _along(self, letter: str, index: Index) -> slice:
+        """Where along an axis of the Hugging Face tensor the slice `index` of ours lies."""
+        start = next((part.start for part in self.parts if part.letter == letter), 0)
+        if letter not in self.letters:
+            return slice(start, start + 1)
+        cut = index[self.letters.index(letter)]
+        return slice(start + cut.start, start + cut.stop)
 
     def _hf_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
         return {**sizes, **{part.letter: part.size for part in self.parts}}
-
-    def _range(self, letter: str, ranges: Mapping[str, slice], sizes: Mapping[str, int]) -> tuple[int, int]:
-        offset = next((part.start for part in self.parts if part.letter == letter), 0)
-        if letter not in ranges:
-            return offset, offset + 1
-        # The axis of a part has another length here than in ours, and a cut of ours has both ends.
-        start, stop, _ = ranges[letter].indices(sizes[letter])
-        return start + offset, stop + offset
 
 
 @dataclass(frozen=True)

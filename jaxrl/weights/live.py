@@ -25,6 +25,7 @@ from .bnb import dequantized, dequantized_config
 from .export import config_for_head, hf_tensors
 from .fit import fitted
 from .folder import text_config, write_json
+from .heads import which_head
 from .hf_names import axis_sizes, flatten, head_of, in_order, is_packed, rows, unflatten
 from .load import load_params
 from .packed import load_packed, packed_kernels
@@ -34,7 +35,6 @@ from .peft_tree import load_lora, lora_settings
 from .prefixes import language_model_of
 from .pretrained import Pretrained, open_pretrained
 from .safetensors_writer import TensorSpec, dtype_named
-from .source import Options, which_head
 from .stored import Checkpoint, Index, StoredTensor, cast
 from .write import write_model
 
@@ -76,14 +76,11 @@ def from_hf(
     of a score head that is under none of the usual names. `dtype` is one for all numbers, by default each array has that
     of its tensor. `mesh` splits the arrays; without it they lie on one device.
     """
-    opened, options = open_model(source, adapter), Options(head=head, head_path=head_path)
+    opened = open_model(source, adapter)
     if opened.adapter is not None:
         checkpoint, rest = with_head_of(opened.checkpoint, opened.adapter)
-        opened, options = (
-            replace(opened, checkpoint=checkpoint, adapter=rest),
-            replace(options, head=head or rest.config.head),
-        )
-    head, settings = which_head(opened.checkpoint, opened.hf_config, options)
+        opened, head = replace(opened, checkpoint=checkpoint, adapter=rest), head or rest.config.head
+    head, settings = which_head(opened.checkpoint, opened.hf_config, head=head, path=head_path)
     config = ModelConfig.from_hf(opened.hf_config, **settings)
     if opened.adapter is not None:
         config = replace(config, **lora_settings(opened.adapter, config))

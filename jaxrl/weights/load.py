@@ -1,13 +1,14 @@
 """Load a checkpoint: Hugging Face tensors on disk -> our parameter tree, straight into sharded arrays.
 
-A host reads only the slices that its own devices hold, and has no more of them in memory than one array at a time.
+A host reads only the slices that its own devices hold, and has no more of them in memory than those of one array, or of
+the arrays whose parts alternate in one tensor.
 What is stored and what the model wants are compared by name and shape before the first tensor is read.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,53 +56,92 @@ def load_params(
     wanted = dict(flatten(abstract_params))
     assert wanted.keys() == {row.ours for row in table}, wanted.keys() ^ {row.ours for row in table}
     params = {}
-    for row in table:
-        struct = wanted[row.ours]
-        assert struct.shape == row.our_shape(sizes), f"{row.ours} is {struct.shape}, by its row {row.our_shape(sizes)}"
-        present = all(name in checkpoint.tensors for name in row.hf_names(sizes))
-        params[row.ours] = load_array(checkpoint, row, struct, sizes, check_finite) if present else None
+    for together in _read_together(table, wanted):
+        for row in together:
+            shape = wanted[row.ours].shape
+            assert shape == row.our_shape(sizes), f"{row.ours} is {shape}, by its row {row.our_shape(sizes)}"
+        if all(name in checkpoint.tensors for name in together[0].hf_names(sizes)):
+            params |= load_arrays(checkpoint, together, wanted, sizes, check_finite)
+        else:
+            params |= {row.ours: None for row in together}
     return unflatten(params)
 
 
-def load_array(
-    checkpoint: Checkpoint, row: Row, struct: jax.ShapeDtypeStruct, sizes: Mapping[str, int], check_finite: bool
-) -> jax.Array:
-    """One array of the tree by its row of the name table."""
-    return fill(struct, lambda index: _read_slice(checkpoint, row, index, struct.dtype, sizes, check_finite))
+def load_arrays(
+    checkpoint: Checkpoint,
+    together: Sequence[Row],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    sizes: Mapping[str, int],
+    check_finite: bool,
+) -> dict[str, jax.Array]:
+    """Arrays of the tree by their rows of the name table, which are read together."""
+    structs = [wanted[row.ours] for row in together]
+    dtypes = [np.dtype(struct.dtype) for struct in structs]
+    arrays = _fill_alike(structs, lambda index: read_slices(checkpoint, together, index, dtypes, sizes, check_finite))
+    return {row.ours: array for row, array in zip(together, arrays, strict=True)}
 
 
 def fill(struct: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> jax.Array:
     """One array, each distinct slice of it read once for all devices that hold it."""
-    sharding = struct.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    devices = defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(struct.shape).items():
-        assert index is not None  # the map is of devices that hold a part
-        devices[tuple(cut.indices(size)[:2] for cut, size in zip(index, struct.shape, strict=True))].append(device)
-    shards = []
-    for bounds, holders in devices.items():
-        piece = read(tuple(slice(*bound) for bound in bounds))
-        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in holders]
-        shards += [jax.device_put(piece, place) for place in places]
-        jax.block_until_ready(shards)  # so that `piece` can go before the next one is read
-    return jax.make_array_from_single_device_arrays(struct.shape, sharding, shards)
+    (array,) = _fill_alike([struct], lambda index: [read(index)])
+    return array
 
 
-def _read_slice(
-    checkpoint: Checkpoint, row: Row, index: Index, dtype: Any, sizes: Mapping[str, int], check_finite: bool
-) -> np.ndarray:
-    """The slice `index` of our array, tensor by tensor (of layers, of experts) from those that hold it."""
-    depth = len(row.stack)
-    inner, where = index[depth:], row.hf_index(index[depth:], sizes)
-    out = np.empty([cut.stop - cut.start for cut in index], dtype)
-    for position in np.ndindex(out.shape[:depth]):
-        name = row.hf_at(tuple(cut.start + at for cut, at in zip(index[:depth], position, strict=True)))
+def read_slices(
+    checkpoint: Checkpoint,
+    together: Sequence[Row],
+    index: Index,
+    dtypes: Sequence[np.dtype],
+    sizes: Mapping[str, int],
+    check_finite: bool,
+) -> list[np.ndarray]:
+    """The slice `index`, each cut with both ends, of arrays that lie in the same tensors (of layers, of experts)."""
+    depth = len(together[0].stack)
+    inner = index[depth:]
+    where = together[0].hf_index(inner, sizes)
+    assert all((row.hf, row.hf_index(inner, sizes)) == (together[0].hf, where) for row in together)
+    arrays = [np.empty([cut.stop - cut.start for cut in index], dtype) for dtype in dtypes]
+    for position in np.ndindex(arrays[0].shape[:depth]):
+        name = together[0].hf_at(tuple(cut.start + at for cut, at in zip(index[:depth], position, strict=True)))
         piece = checkpoint.read(name, where)
         if check_finite and not np.isfinite(piece).all():
             count = np.count_nonzero(~np.isfinite(piece))
             raise ValueError(f"{checkpoint.folder}: tensor {name} holds {count} NaN or infinite numbers")
-        ours = row.to_ours(piece, inner, sizes)
-        out[position] = cast(ours, out.dtype, f"{checkpoint.folder}: tensor {name}") if check_finite else ours
-    return out
+        for row, array in zip(together, arrays, strict=True):
+            ours = row.to_ours(piece, inner, sizes)
+            array[position] = cast(ours, array.dtype, f"{checkpoint.folder}: tensor {name}") if check_finite else ours
+    return arrays
+
+
+def _read_together(table: list[Row], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterable[list[Row]]:
+    """The rows, those together whose parts of a tensor are interleaved: its bytes are read once for all of them."""
+    groups = defaultdict(list)
+    for row in table:
+        struct = wanted[row.ours]
+        key = (row.hf, row.layers, struct.shape, struct.sharding) if row.is_interleaved else row.ours
+        groups[key].append(row)
+    return groups.values()
+
+
+def _fill_alike(
+    structs: Sequence[jax.ShapeDtypeStruct], read: Callable[[Index], Sequence[np.ndarray]]
+) -> list[jax.Array]:
+    """Arrays of one shape and sharding; `read` gives the same slice of each."""
+    shape, sharding = structs[0].shape, structs[0].sharding
+    assert all((struct.shape, struct.sharding) == (shape, sharding) for struct in structs)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    devices = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None  # the map is of devices that hold a part
+        devices[tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))].append(device)
+    shards = [[] for _ in structs]
+    for bounds, holders in devices.items():
+        pieces = read(tuple(slice(*bound) for bound in bounds))
+        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in holders]
+        for own, piece in zip(shards, pieces, strict=True):
+            own += [jax.device_put(piece, place) for place in places]
+        jax.block_until_ready(shards)  # so that `pieces` can go before the next ones are read
+    return [jax.make_array_from_single_device_arrays(shape, sharding, own) for own in shards]
 
 
 __all__ = ["Checkpoint", "StoredTensor", "load_hf_config", "load_params", "open_checkpoint", "resolve"]

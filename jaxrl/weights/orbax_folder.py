@@ -1,27 +1,24 @@
-"""Orbax checkpoints of this project: arrays read by slice under Hugging Face names, and a model written array by array.
+"""Orbax checkpoints of this project: arrays read by slice under Hugging Face names, and a model written slice by slice.
 
 There are two kinds: a converted model (a folder with config.json and `params/`) and a checkpoint of a run
-(`runs/<name>/checkpoints/global_step_<n>`, with optimizer states). Orbax would load whole arrays onto devices;
-tensorstore, which it keeps them in, reads parts of them.
+(`runs/<name>/checkpoints/global_step_<n>`, with optimizer states). Orbax would load and save whole arrays; tensorstore,
+which it keeps them in, reads and writes parts of them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..models.config import ModelConfig
 from .folder import load_hf_config
 from .hf_names import HfTensor, Row, axis_sizes, in_order, rows, unflatten
+from .safetensors_writer import TensorSpec
 from .stored import Checkpoint, Index, StoredTensor
-
-if TYPE_CHECKING:
-    import jax
 
 PARAMS = "params"  # the folder of a converted model that orbax wrote
 _COMPLETE_FILE = "commit_success.txt"  # orbax writes it last
@@ -38,11 +35,10 @@ def open_arrays(folder: Path) -> dict[str, Any]:
 
     if not (folder / _COMPLETE_FILE).is_file():
         raise ValueError(f"{folder} is a checkpoint that was not finished: name an older one")
-    kvstore = {"driver": "ocdbt", "base": f"file://{(folder / 'state').resolve()}/"}
     try:
-        keys = tensorstore.KvStore.open(kvstore).result().list().result()
+        keys = tensorstore.KvStore.open(_kvstore(folder)).result().list().result()
         names = sorted({key.decode().removesuffix("/zarr.json") for key in keys if key.endswith(b"/zarr.json")})
-        specs = [{"driver": "zarr3", "kvstore": {**kvstore, "path": f"{name}/"}} for name in names]
+        specs = [{"driver": "zarr3", "kvstore": _kvstore(folder, name)} for name in names]
         opening = [tensorstore.open(spec, open=True, read=True) for spec in specs]
         return {name: future.result() for name, future in zip(names, opening, strict=True)}
     except ValueError as error:
@@ -84,26 +80,32 @@ def open_converted(folder: Path) -> Checkpoint:
     return as_checkpoint(folder, arrays, ModelConfig.from_hf(load_hf_config(folder), **settings), head)
 
 
-def save_arrays(path: Path, arrays: Iterator[tuple[str, jax.Array]], stacked: Collection[str]) -> None:
-    """Write arrays, which come one at a time under dotted names, as an orbax checkpoint; no more than one is held.
+def create_arrays(folder: Path, specs: Sequence[TensorSpec], chunks: Sequence[tuple[int, ...]]) -> list[Any]:
+    """A new orbax checkpoint of arrays under dotted names, as tensorstores in which the caller writes the numbers.
 
-    Those of `stacked` have a leading axis of layers, and are cut along it so that one layer can be read.
+    A chunk is what is written, and read, at once.
     """
+    import tensorstore
     from orbax.checkpoint import v1 as ocp
 
-    for name, array in arrays:
-        tree, shard = unflatten({name: array}), array.sharding.shard_shape(array.shape)
-        itemsize = array.dtype.itemsize
-        del array
-        context = ocp.Context()
-        context.array.saving.use_compression = False  # as in checkpoint.py: it costs more time than it saves space
-        if name in stacked:
-            context.array.saving.storage_options.chunk_byte_size = math.prod(shard[1:]) * itemsize
-            context.array.saving.storage_options.shard_axes = (0,)
-        with context:
-            ocp.partial.save(str(path), tree)
-        del tree
-    ocp.partial.finalize(str(path))
+    # Orbax would hold an array three times. What it notes of one of numpy is its name: shape and dtype are those of the
+    # array that lies there, so each is made anew, as large as it is to be.
+    ocp.save(str(folder.resolve()), unflatten({spec.name: np.zeros(1, spec.dtype) for spec in specs}))
+    arrays = []
+    for spec, chunk in zip(specs, chunks, strict=True):
+        place = {"driver": "zarr3", "kvstore": _kvstore(folder, spec.name), "store_data_equal_to_fill_value": True}
+        arrays.append(
+            tensorstore.open(
+                place, create=True, delete_existing=True, dtype=spec.dtype, shape=spec.shape,
+                chunk_layout=tensorstore.ChunkLayout(chunk_shape=chunk),
+            ).result()
+        )  # fmt: skip
+    return arrays
+
+
+def _kvstore(folder: Path, name: str = "") -> dict[str, str]:
+    """Where tensorstore finds an array, or all of them."""
+    return {"driver": "ocdbt", "base": f"file://{(folder / 'state').resolve()}/", "path": f"{name}/" if name else ""}
 
 
 class _Reader:

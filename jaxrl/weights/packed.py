@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,28 +35,24 @@ def packed_kernels(checkpoint: Checkpoint, config: ModelConfig) -> PackedKernels
     if not packed_tensors(checkpoint):
         return None
     tensors = fitted(dequantized(checkpoint), config, "lm").tensors
-    ways: dict[PackedKernels, list[str]] = {}
-    packed, unpacked = [], []
-    for row in rows(config):
-        stored = [tensors[name].packed for name in row.hf_names(axis_sizes(config))]
-        if not any(stored):
-            continue
-        packed.append(row)
-        kinds = {None if p is None or not _fits(row, p, config) else _way(p) for p in stored}
-        if len(kinds) == 1 and (way := kinds.pop()) is not None:
-            ways.setdefault(way, []).append(_name(row))
-    way = max(ways, key=lambda way: len(ways[way]), default=None)
-    alike = [] if way is None else ways[way]
-    kept = tuple(
-        name for name in dict.fromkeys(alike) if alike.count(name) == sum(_name(row) == name for row in packed)
-    )
-    unpacked = [row.ours for row in packed if _name(row) not in kept]
+    sizes = axis_sizes(config)
+    kernels = [
+        (row, [tensors[name].packed for name in row.hf_names(sizes)])
+        for row in rows(config) if row.ours.endswith(".kernel")
+    ]  # fmt: skip
+    ways: dict[str, set[PackedKernels | None]] = defaultdict(set)  # of a module's name, those of all its layers
+    for row, layers in kernels:
+        ways[_name(row)] |= {_way(row, packed, config) for packed in layers}
+    alike = {name: way for name, (way, *others) in ways.items() if way is not None and not others}
+    way = max(alike.values(), key=list(alike.values()).count, default=None)
+    kept = tuple(name for name in alike if alike[name] == way)
+    unpacked = [row.ours for row, layers in kernels if any(layers) and _name(row) not in kept]
     if unpacked:
         _log.warning(
             "%s: %s cannot stay in 4 bits (not packed alike in every layer), and take the memory of numbers",
             checkpoint.folder, ", ".join(unpacked),
         )  # fmt: skip
-    return None if way is None or not kept else PackedKernels(kept, way.dtype, way.blocksize, way.nested_blocksize)
+    return None if way is None else replace(way, modules=kept)
 
 
 def load_packed(checkpoint: Checkpoint, config: ModelConfig, abstract_packed: Tree) -> Tree:
@@ -75,7 +73,10 @@ def _name(row: Row) -> str:
     return row.ours.split(".")[-2]
 
 
-def _way(packed: Packed) -> PackedKernels:
+def _way(row: Row, packed: Packed | None, config: ModelConfig) -> PackedKernels | None:
+    """How a layer's kernel is packed, apart from which modules are; None where it is not, or cannot be read so."""
+    if packed is None or not _fits(row, packed, config):
+        return None
     return PackedKernels((), packed.dtype.name, packed.blocksize, packed.nested_blocksize if packed.is_double else 0)
 
 

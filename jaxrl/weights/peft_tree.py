@@ -23,7 +23,7 @@ from ..models.config import ModelConfig
 from ..parallel import fetch
 from .folder import new_folder, refuse_existing, write_json
 from .hf_names import HfTensor, Part, Row, axis_sizes, flatten, rows, tensors_of, unflatten
-from .load import load_array
+from .load import load_arrays
 from .peft import PREFIX, Adapter, adapter_from
 from .peft_config import CONFIG_FILE, AdapterConfig
 from .safetensors_writer import TensorSpec, dtype_named, write_safetensors
@@ -55,12 +55,18 @@ def lora_settings(adapter: Adapter, config: ModelConfig) -> dict[str, Any]:
     if adapter.replaced:
         raise refuse(f"a tensor in full ({min(adapter.replaced)}; modules_to_save or bias)")
     made_of = _modules(config)
-    counts = {module: len(made_of.get(module, [module])) for module in adapter.modules}
+    tensors = {name for row in rows(config) for name in row.hf_names(axis_sizes(config))}
+    for module in adapter.modules:
+        if module not in made_of and f"{module}.weight" in tensors:
+            raise refuse(f"adapters of {module}, an expert or outside of the layers")
+        if module not in made_of:
+            raise ValueError(f"{adapter.folder} adapts {module}, which family {config.family} has not: another base?")
+    counts = {module: len(made_of[module]) for module in adapter.modules}
     rank = max(lora.rank // counts[module] for module, lora in adapter.modules.items())
     for module, lora in adapter.modules.items():
         if counts[module] > 1 and lora.rank != counts[module] * rank:
             raise refuse(f"one matrix A of rank {lora.rank} for the {counts[module]} matrices that {module} is here")
-    targets = sorted({name for module in adapter.modules for name in made_of.get(module, [])})
+    targets = sorted({name for module in adapter.modules for name in made_of[module]})
     return {"lora_rank": rank, "lora_alpha": _common_scale(adapter) * rank, "lora_targets": tuple(targets)}
 
 
@@ -93,15 +99,14 @@ def load_lora(adapter: Adapter, config: ModelConfig, abstract_lora: Tree) -> Tre
     needed = lora_settings(adapter, config)
     assert needed["lora_rank"] <= config.lora_rank, "the model's rank is too small for the adapter"
     table, sizes = lora_rows(config), {**axis_sizes(config), "r": config.lora_rank}
-    known = {_module(name) for row in table for name in row.hf_names(sizes)}
-    lost = [module for module in adapter.modules if module not in known]
-    if lost:
-        raise ValueError(f"{adapter.folder} adapts {lost[0]}, which this model (family {config.family}) does not adapt")
     _check_blocks(adapter, config)
     checkpoint = _filled_up(adapter, config, table, sizes)
     wanted = dict(flatten(abstract_lora))
     assert wanted.keys() == {row.ours for row in table}, wanted.keys() ^ {row.ours for row in table}
-    return unflatten({row.ours: load_array(checkpoint, row, wanted[row.ours], sizes, False) for row in table})
+    arrays: dict[str, jax.Array] = {}
+    for row in table:
+        arrays |= load_arrays(checkpoint, [row], wanted, sizes, check_finite=False)
+    return unflatten(arrays)
 
 
 def peft_tensors(lora: Tree, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:

@@ -23,7 +23,7 @@ from .fit import fitted
 from .folder import copy_companions, load_hf_config
 from .formats import kind_of, open_checkpoint
 from .gguf import open_gguf
-from .heads import HEADS, OUTPUTS, find_head
+from .heads import which_head
 from .hf_names import axis_sizes, rows, unflatten
 from .locate import fetch_model, resolve
 from .orbax_folder import arrays_under, as_checkpoint, head_settings, is_orbax, open_arrays
@@ -31,8 +31,6 @@ from .peft import Adapter, adapter_folder, base_path, is_adapter, merged, open_a
 from .peft_tree import adapter_of, lora_settings
 from .pretrained import as_flax_reads_it, open_pretrained
 from .stored import Checkpoint
-
-_HEAD_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
 
 
 @dataclass(frozen=True)
@@ -208,35 +206,7 @@ def _fit(
 ) -> Source:
     checkpoint, hf_config = _unpacked(checkpoint, hf_config, options)
     hf_config = as_flax_reads_it(checkpoint, hf_config)
-    head, settings = which_head(checkpoint, hf_config, options)
+    head, settings = which_head(checkpoint, hf_config, head=options.head, path=options.head_path)
     config = ModelConfig.from_hf(hf_config, **settings)
     checkpoint = fitted(checkpoint, config, head, head_path=options.head_path)
     return Source(name, checkpoint, config_for_head(hf_config, config, head), config, head, companions)
-
-
-def which_head(checkpoint: Checkpoint, hf_config: Mapping[str, Any], options: Options) -> tuple[str, dict[str, Any]]:
-    """Which head is meant, and what `ModelConfig` must hold for it."""
-    if options.head not in (None, "lm", "score"):
-        raise ValueError(f"head {options.head!r} is not one of lm, score")
-    if options.head == "lm":
-        return "lm", {}
-    found = find_head(checkpoint, hf_config, path=options.head_path)
-    architectures = hf_config.get("architectures")
-    is_classifier = str((architectures or [""])[0]).endswith(_HEAD_CLASSES)
-    if found is None:
-        if options.head == "score" or is_classifier:
-            raise ValueError(
-                f"{checkpoint.folder} has no head under any of the usual names ({', '.join(HEADS)}): "
-                "name it by head_path (--head-path)"
-            )
-        return "lm", {}
-    if architectures == [] and found.path in ("score", "classifier"):  # of a family that has no such class
-        is_classifier = True
-    is_tied = ModelConfig.from_hf(hf_config).tie_embeddings
-    has_output = is_tied or any(name.startswith(OUTPUTS) for name in checkpoint.tensors)
-    if has_output and not is_classifier and options.head is None and options.head_path is None:
-        raise ValueError(
-            f"{checkpoint.folder} holds a language model and the head {found.path}: say which is meant by head (--head), "
-            "lm or score"
-        )
-    return "score", {"num_labels": found.num_labels, "score_bias": found.has_bias}

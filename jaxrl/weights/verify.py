@@ -74,9 +74,8 @@ def verify_logits(folder: Path) -> float | None:
         _log.warning("transformers has no class for this model: the logits are not compared with it")
         return None
     found = find_head(open_checkpoint(folder), hf_config)
-    run = {"num_labels": found.num_labels, "score_bias": found.has_bias} if found else {}
-    run["max_length"] = _TOKENS[1]  # transformers chooses the frequencies of some ropes by the longest position
-    config = ModelConfig.from_hf(hf_config, **run)
+    # transformers chooses the frequencies of some ropes by the longest position
+    config = ModelConfig.from_hf(hf_config, max_length=_TOKENS[1], **(found.settings if found else {}))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, _TOKENS).astype(np.int32)
     ours = _our_outputs(folder, config, "score" if found else "lm", tokens)
     theirs = _their_outputs(folder, tokens, head=score_module(config) if found else None)
