@@ -259,6 +259,32 @@ def test_a_collective_counts_as_often_as_its_loops_run_and_by_what_a_ring_sends(
 
 
 @pytest.mark.parametrize(
+    "bound, times",
+    [
+        ("%n = s32[]{:T(128)} constant(16)", 16),  # as XLA for TPUs leaves it, which notes no trip count
+        ("%n = s32[]{:T(128)} get-tuple-element(%arg), index=1", 5),  # of a number that the program is given
+    ],
+)
+def test_a_loop_up_to_a_constant_runs_that_often_where_no_trip_count_is_noted(bound, times):
+    text = f"""%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %ag = f32[8]{{0}} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={{0}}
+}}
+
+%cond (arg: (s32[], f32[8])) -> pred[] {{
+  {bound}
+  %i = s32[]{{:T(128)}} get-tuple-element(%arg), index=0
+  ROOT %lt = pred[]{{:T(512)}} compare(%i, %n), direction=LT
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %w = (s32[], f32[8]{{0}}) while(%p), condition=%cond, body=%body
+}}
+"""
+    (collective,) = facts(text, 8, loops=(5,)).collectives
+    assert collective.times == times
+
+
+@pytest.mark.parametrize(
     "written, groups",
     [
         ("replica_groups=[2,4]<=[4,2]T(1,0), x", ((0, 2, 4, 6), (1, 3, 5, 7))),
@@ -501,3 +527,18 @@ def test_a_plan_for_two_nodes_of_h100_on_a_machine_without_one():
     across = {name for name, sent in found.traffic.items() if sent and "data" in name}
     assert across and found.network_bytes > 0  # replicas sit on different nodes, shards on one
     assert found.link_bytes > found.network_bytes
+
+
+def test_replicas_hold_their_gradients_once_as_one_device_does(tmp_path):
+    pytest.importorskip("jax_cuda13_plugin", reason="the extra plan-gpu is not installed")
+    model = json.loads((QWEN3 / "config.json").read_text())
+    model |= {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+
+    def update(mesh: str, devices: int):
+        c = config(mesh, model={"path": str(tmp_path), "compute_dtype": "bfloat16"})
+        return make_plan(c, described(f"h100:{devices}"), only=["update_actor"])
+
+    one, replicas = (update(mesh, devices) for mesh, devices in (("1x1x1", 1), ("8x1x1", 8)))
+    a_layer = one.resident["actor"] / 8  # of which a replica has its own gradient, and their sum
+    assert replicas.programs[0].temporaries - one.programs[0].temporaries < 2 * a_layer

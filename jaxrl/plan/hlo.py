@@ -1,8 +1,8 @@
 """What a compiled program says of itself: its collectives with the times that they run, and its largest tensor.
 
 XLA's own cost analysis counts the body of a loop once. Here the text of the compiled program is read from its entry
-down, and what stands in the body of a loop counts as often as the loop runs: XLA notes the trip count where it knows it.
-Where it does not (micro-batches, chunks of logits), the caller says it, the outermost loop first.
+down, and what stands in the body of a loop counts as often as the loop runs, where that is known in the program. Where it
+is not (micro-batches, chunks of logits), the caller says it, the outermost loop first.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _MESHED = re.compile(
     r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
 _MEGASCALE = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}.*?_xla_megascale_transfer_type="(\w+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"(\d+)"')
 
 
@@ -124,8 +125,8 @@ def _walk(
             continue
         inner, inner_depth = times, depth
         if instruction.opcode == "while":
-            if known := _TRIPS.search(instruction.rest):
-                inner = times * int(known[1])
+            if trips := _trips(instruction, computations):
+                inner = times * trips
             else:
                 inner, inner_depth = times * (loops[depth] if depth < len(loops) else 1), depth + 1
         called = _CALLED.findall(instruction.rest)
@@ -133,6 +134,21 @@ def _walk(
             called += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
         for computation in called:
             yield from _walk(computations, computation, loops, inner_depth, inner)
+
+
+def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+    """As XLA notes it, or, as it does not for TPUs, by the condition that a number is less than a constant.
+
+    jax counts such loops from 0 by 1. A bound that is not a constant is an array of the loop, and has none here.
+    """
+    if noted := _TRIPS.search(loop.rest):
+        return int(noted[1])
+    condition = _CONDITION.search(loop.rest)
+    instructions = computations.get(condition[1], []) if condition else []
+    constants = [instruction for instruction in instructions if instruction.opcode == "constant"]
+    if len(constants) != 1 or instructions[-1].opcode != "compare" or "direction=LT" not in instructions[-1].rest:
+        return None
+    return int(constants[0].rest.partition(")")[0])
 
 
 def _bytes(type_text: str) -> int:

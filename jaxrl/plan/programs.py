@@ -1,7 +1,7 @@
 """Every program of a run, lowered for a mesh with shapes only: what `train.py` would compile, and how often it runs it.
 
-The programs are those of training: `update.Policy` and `update.Critic`, and the engine's. No weight is read; a model is
-its `config.json`. (`prepare`, on [B, T] numbers, is left out: megabytes.)
+The programs are those of training: `update.Policy` and `update.Critic`, `prepare`, and the engine's. No weight is read; a
+model is its `config.json`.
 """
 
 from __future__ import annotations
