@@ -324,6 +324,20 @@ def test_the_flops_of_an_update_are_three_forward_passes_and_one_more_with_full_
     assert cost(dataclasses.replace(work, kind="forward"), mesh).flops == 3 * (forward + head) / 4
 
 
+def test_weights_that_train_in_bfloat16_and_their_gradients_are_half_the_bytes_to_move_and_moments_are_not():
+    def update(param_dtype: str) -> Work:
+        c = config(actor={"param_dtype": param_dtype})
+        return next(w for w in programs_of(c, roles_of(c, make_mesh(2, 2, 2))).work if w.name == "update_actor")
+
+    wide, narrow = map(update, ("float32", "bfloat16"))
+    assert wide.trains is not None and wide.micro_batches > 1
+    numbers = bytes_of(wide.trains.trained) // 4
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    saved = cost(wide, mesh).memory_bytes - cost(narrow, mesh).memory_bytes
+    # The sum is read and written with every micro-batch, and read once more; so are weights at the end.
+    assert saved == 2 * numbers * (2 * wide.micro_batches + 1 + 2)
+
+
 QWEN3_MOE = ModelConfig.from_hf({
     "model_type": "qwen3_moe", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128,
     "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128,
@@ -425,6 +439,16 @@ def test_the_verdict_says_by_how_much_and_what_to_change():
     small = dataclasses.replace(found, memory=1e5)
     assert not small.fits and "does not fit: " in verdict(small) and "aise mesh.fsdp" in table(small)
     json.dumps(small.to_dict())
+
+
+def test_the_table_says_on_which_mesh_each_role_and_the_engine_lie():
+    c = config("2x4x1", critic={"mesh": {"fsdp": 8}}, rollout={"tensor_model_parallel_size": 2})
+    lines = table(make_plan(c, described("cpu:8"), only=["prepare"])).splitlines()
+    where = {line[:22].strip(): line.split("  ")[-1] for line in lines if line.startswith("  ")}
+    assert {name: where[name] for name in ("actor", "ref", "critic", "critic optimizer", "engine")} == {
+        "actor": "2 x 4 x 1", "ref": "2 x 4 x 1", "critic": "1 x 8 x 1", "critic optimizer": "1 x 8 x 1",
+        "engine": "4 x 1 x 2",
+    }  # fmt: skip
 
 
 XLA_SAYS = (

@@ -125,7 +125,7 @@ def _walk(
             continue
         inner, inner_depth = times, depth
         if instruction.opcode == "while":
-            if trips := _trips(instruction, computations):
+            if (trips := _trips(instruction, computations)) is not None:
                 inner = times * trips
             else:
                 inner, inner_depth = times * (loops[depth] if depth < len(loops) else 1), depth + 1

@@ -30,7 +30,7 @@ from ..roles import Roles
 from ..rollout.engine import Sampling
 from ..rollout.jax_engine import JaxEngine, Largest
 from ..rollout.lowering import lower_largest, lower_unstack, outputs
-from ..update import merge
+from ..update import Programs, TrainState, merge
 from ..weights.hf_names import flatten, in_order
 from ..weights.pretrained import Pretrained
 from .sources import described_model
@@ -57,6 +57,7 @@ class Work:
     uses: tuple[str, ...] = ()  # what of `Run.resident` is among its arguments
     frees: tuple[str, ...] = ()  # and what is let go before it runs
     fetched: int = 0  # bytes that each host takes from its devices
+    trains: TrainState | None = None  # of an update
     whole: tuple[str, ...] = ()  # of `uses`, what comes whole where it waits in host memory, and not layer by layer
 
     @property
@@ -134,49 +135,49 @@ def _scoring(c: Config, reward: RewardModel) -> Work:
 
 def _training(c: Config, roles: Roles) -> list[Work]:
     """Forward passes over all sequences of a step, and the updates of critic and actor."""
-    d, sequences = c.data, c.data.train_batch_size * c.rollout.n
+    d, sequences, state = c.data, c.data.train_batch_size * c.rollout.n, roles.abstract_state()
     mini_batch = c.actor.ppo_mini_batch_size * c.rollout.n
     platform = roles.mesh.devices.flat[0].platform
 
     def work(
-        name: str, kind: str, model: ModelConfig, mesh: Mesh, lower, num, max_tokens: int, uses, epochs=0, whole=()
-    ) -> Work:
-        M, R, T = shape = micro_batches_of(c, mesh, num, max_tokens)
-        ways = num_row_shards(mesh)
+        name: str, kind: str, programs: Programs, lower: Callable, num: int, max_tokens: int, uses: tuple[str, ...],
+        **more: Any,
+    ) -> Work:  # fmt: skip
+        M, R, T = shape = micro_batches_of(c, programs.mesh, num, max_tokens)
+        ways = num_row_shards(programs.mesh)
         targets = T // (d.max_prompt_length + d.max_response_length) * d.max_response_length
         chunks = -(-targets * (R // ways) // chunk_slots(ways, R // ways * T, platform))
-        calls = max(1, epochs * sequences // mini_batch)
-        return Work(name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), mesh, uses, whole=whole)
+        return Work(
+            name, lambda: lower(shape), programs.config, kind, rows=R, columns=T, targets=targets, loops=(M, chunks),
+            mesh=programs.mesh, uses=uses, **more,
+        )  # fmt: skip
 
-    policy, state, frozen = roles.policy, roles.abstract_state(), roles.abstract_frozen
-    base, tokens = ("base",) if roles.has_adapters else (), c.actor.ppo_max_token_len_per_gpu
-    forward, update, values = [], [], []
+    def update(
+        role: str, programs: Programs, frozen: Tree, max_tokens: int, epochs: int, base: tuple[str, ...] = ()
+    ) -> Work:
+        lower, calls = partial(programs.lower_step, state[role], frozen), max(1, epochs * sequences // mini_batch)
+        return work(
+            f"update_{role}", "update", programs, lower, mini_batch, max_tokens, (role, f"{role} optimizer", *base),
+            calls=calls, trains=state[role], whole=(role,),
+        )  # fmt: skip
+
+    policy, frozen, tokens = roles.policy, roles.abstract_frozen, c.actor.ppo_max_token_len_per_gpu
+    base, critic_tokens = ("base",) if roles.has_adapters else (), c.critic.ppo_max_token_len_per_gpu
+    works = []
     if not c.algorithm.rollout_correction.bypass_mode:
         lower = partial(policy.lower_logprobs, merge(state["actor"].trained, frozen))
-        forward.append(
-            work("old_log_prob", "forward", roles.model, roles.mesh, lower, sequences, tokens, ("actor", *base))
-        )
+        works.append(work("old_log_prob", "forward", policy, lower, sequences, tokens, ("actor", *base)))
     if roles.needs_ref:
-        plain = dataclasses.replace(roles.ref_policy.config, lora_rank=0)
         lower = partial(roles.ref_policy.lower_logprobs, frozen if roles.ref_is_base else roles.ref_abstract)
         uses = base if roles.ref_is_base else ("ref",)
-        forward.append(work("ref", "forward", plain, roles.ref_mesh, lower, sequences, tokens, uses))
+        works.append(work("ref", "forward", roles.ref_policy, lower, sequences, tokens, uses))
     if roles.needs_critic:
-        critic, mesh, most = roles.critic, roles.critic_mesh, c.critic.ppo_max_token_len_per_gpu
-        lower = partial(critic.lower_values, state["critic"].trained)
-        values.append(work("values", "forward", critic.config, mesh, lower, sequences, most, ("critic",)))
-        lower = partial(critic.lower_step, state["critic"], {})
-        uses = ("critic", "critic optimizer")
-        counts = mini_batch, most
-        update.append(work(
-            "update_critic", "update", critic.config, mesh, lower, *counts, uses, c.critic_ppo_epochs, ("critic",)
-        ))  # fmt: skip
-    lower = partial(policy.lower_step, state["actor"], frozen)
-    uses = ("actor", "actor optimizer", *base)
-    update.append(work(
-        "update_actor", "update", roles.model, roles.mesh, lower, mini_batch, tokens, uses, c.actor.ppo_epochs, ("actor",)
-    ))  # fmt: skip
-    return [*forward, *values, _preparation(c, roles), *update]
+        lower = partial(roles.critic.lower_values, state["critic"].trained)
+        works.append(work("values", "forward", roles.critic, lower, sequences, critic_tokens, ("critic",)))
+    works.append(_preparation(c, roles))
+    if roles.needs_critic:
+        works.append(update("critic", roles.critic, {}, critic_tokens, c.critic_ppo_epochs))
+    return [*works, update("actor", policy, frozen, tokens, c.actor.ppo_epochs, base)]
 
 
 def _preparation(c: Config, roles: Roles) -> Work:

@@ -14,6 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+
 from ..config import Config
 from ..parallel import make_mesh
 from ..reward_model import reward_model_of
@@ -74,6 +76,7 @@ class Plan:
     source: str  # of the hardware's numbers
     memory: float  # of a device, bytes
     mesh: dict[str, int]
+    meshes: dict[str, dict[str, int]]  # of what is resident, by name: a role and the engine may have their own
     resident: dict[str, int]  # bytes on a device throughout, by name
     resident_host: dict[str, int]
     programs: list[Program] = field(default_factory=list)
@@ -114,12 +117,17 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     run = programs_of(c, roles_of(c, mesh), reward_model_of(c, mesh, described_model))
     device, host = lying(run)
     hardware = topology.hardware
-    plan = Plan(topology.name, hardware.name, hardware.source, hardware.memory, dict(mesh.shape), device, host)
+    meshes = {name: _mesh_shape(tree) for name, tree in run.resident.items()}
+    plan = Plan(topology.name, hardware.name, hardware.source, hardware.memory, dict(mesh.shape), meshes, device, host)
     names = [work.name for work in run.work]
     if unknown := set(only or ()) - set(names):
         raise ValueError(f"the run has no program {', '.join(sorted(unknown))}: it has {', '.join(names)}")
     plan.programs.extend(_compile(work, run, topology) for work in run.work if not only or work.name in only)
     return plan
+
+
+def _mesh_shape(tree: Any) -> dict[str, int]:
+    return dict(jax.tree.leaves(tree)[0].sharding.mesh.shape)
 
 
 def _compile(work: Work, run: Run, topology: Topology) -> Program:
@@ -181,9 +189,10 @@ def table(plan: Plan) -> str:
     """The plan as lines of text, in GB of 10^9 bytes."""
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines = [f"{plan.topology}: mesh {mesh}, {plan.memory / 1e9:.1f} GB a device ({plan.hardware})", ""]
-    lines.append("lies there throughout  GB on a device  GB in host memory")
+    lines.append(f"lies there throughout  GB on a device  GB in host memory  {' x '.join(plan.mesh)}")
     for name, size in plan.resident.items():
-        lines.append(f"  {name:<20} {size / 1e9:>14.2f} {plan.resident_host[name] / 1e9:>18.2f}")
+        where = " x ".join(map(str, plan.meshes[name].values()))
+        lines.append(f"  {name:<20} {size / 1e9:>14.2f} {plan.resident_host[name] / 1e9:>18.2f}  {where}")
     lines.append(
         f"  {'all':<20} {sum(plan.resident.values()) / 1e9:>14.2f} {sum(plan.resident_host.values()) / 1e9:>18.2f}"
     )
