@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections import defaultdict
 from collections.abc import Collection
@@ -21,8 +20,8 @@ from ..parallel import make_mesh
 from ..reward_model import reward_model_of
 from ..topology import Hardware, Topology
 from .costs import cost
-from .hlo import facts
-from .memory import Memory, beside, compiled_or_refused, lying, memory_of, waiting
+from .hlo import Facts, facts
+from .memory import compiled_or_refused, lying, memory_of, memory_of_refused
 from .programs import Run, Work, programs_of, roles_of
 from .sources import described_model
 
@@ -48,9 +47,7 @@ class Program:
     network_bytes: float  # and between nodes
     seconds: dict[str, float]  # that compute, memory, link, network and host would each take alone
     compile_seconds: float
-    refused: str = (
-        ""  # what XLA says, where it does not compile what cannot fit; then numbers are the least, without traffic
-    )
+    refused: str  # what XLA says where it does not compile what cannot fit; then numbers are the least, without traffic
 
     @property
     def bound(self) -> str:
@@ -135,11 +132,12 @@ def _compile(work: Work, run: Run, topology: Topology) -> Program:
     compiled = compiled_or_refused(work.lower())
     seconds = time.perf_counter() - start
     if isinstance(compiled, str):
-        return _refused(work, run, topology, compiled, seconds)
-    memory, text = memory_of(compiled, work, run), compiled.as_text()
-    assert text is not None, "this backend does not show its programs"
+        refused, memory, found = compiled, memory_of_refused(compiled, work, run), Facts((), 0, "")
+    else:
+        text = compiled.as_text()
+        assert text is not None, "this backend does not show its programs"
+        refused, memory, found = "", memory_of(compiled, work, run), facts(text, run.mesh.size, work.loops)
     mesh_shape = dict((work.mesh or run.mesh).shape)
-    found = facts(text, run.mesh.size, work.loops)
     traffic, between = defaultdict(float), 0.0
     for collective in found.collectives:
         sent = collective.bytes * collective.times * work.calls
@@ -153,21 +151,7 @@ def _compile(work: Work, run: Run, topology: Topology) -> Program:
         name=work.name, calls=work.calls, **memory._asdict(), fetched=work.fetched,
         largest=found.largest, largest_bytes=found.largest_bytes, flops=flops, memory_bytes=memory_bytes,
         traffic=dict(traffic), link_bytes=within, network_bytes=between, compile_seconds=seconds,
-        seconds=_seconds(work, topology.hardware, flops, memory_bytes, within, between, memory.host),
-    )  # fmt: skip
-
-
-def _refused(work: Work, run: Run, topology: Topology, words: str, seconds: float) -> Program:
-    """A program that XLA does not compile because its temporaries alone are more than a device has."""
-    numbers = re.findall(r"(\d+(?:\.\d+)?)([KMGT])", words)
-    needed = max((int(float(number) * 2 ** (10 * " KMGT".index(unit))) for number, unit in numbers), default=0)
-    arguments, (host, _) = sum(lying(run)[0][name] for name in work.uses), waiting(work, run)
-    flops, memory_bytes = (work.calls * x for x in cost(work, dict((work.mesh or run.mesh).shape)))
-    memory = Memory(arguments, 0, needed, host, beside(work, run) + arguments + needed)
-    return Program(
-        name=work.name, calls=work.calls, **memory._asdict(), fetched=work.fetched, largest="", largest_bytes=0,
-        flops=flops, memory_bytes=memory_bytes, traffic={}, link_bytes=0.0, network_bytes=0.0, compile_seconds=seconds,
-        seconds=_seconds(work, topology.hardware, flops, memory_bytes, 0.0, 0.0, host), refused=words,
+        seconds=_seconds(work, topology.hardware, flops, memory_bytes, within, between, memory.host), refused=refused,
     )  # fmt: skip
 
 
