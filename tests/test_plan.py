@@ -25,11 +25,13 @@ from jaxrl.parallel import make_mesh, put_replicated
 from jaxrl.plan import check
 from jaxrl.plan.costs import bytes_of, cost
 from jaxrl.plan.hlo import facts
-from jaxrl.plan.programs import Work, batches_of, programs_of, roles_of
+from jaxrl.plan.memory import memory_of
+from jaxrl.plan.programs import Work, batches_of, programs_of, roles_of, updates_of
 from jaxrl.plan.report import Plan, make_plan, table, verdict
 from jaxrl.plan.sources import described_model
 from jaxrl.plan.sweep import meshes, sweep, sweep_table
 from jaxrl.reward_model import reward_model_of
+from jaxrl.roles import new_train_state
 from jaxrl.topology import described
 from jaxrl.weights.pretrained import open_pretrained
 
@@ -553,16 +555,41 @@ def test_a_plan_for_two_nodes_of_h100_on_a_machine_without_one():
     assert found.link_bytes > found.network_bytes
 
 
+def larger_model(folder: Path, **sizes: int) -> dict:
+    """The section `model` of QWEN3 in other sizes: a `config.json` and no weights."""
+    described = json.loads((QWEN3 / "config.json").read_text()) | {"layer_types": None} | sizes
+    (folder / "config.json").write_text(json.dumps(described))
+    return {"path": str(folder), "compute_dtype": "bfloat16"}
+
+
 def test_replicas_hold_their_gradients_once_as_one_device_does(tmp_path):
     pytest.importorskip("jax_cuda13_plugin", reason="the extra plan-gpu is not installed")
-    model = json.loads((QWEN3 / "config.json").read_text())
-    model |= {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "layer_types": None}
-    (tmp_path / "config.json").write_text(json.dumps(model))
-
-    def update(mesh: str, devices: int):
-        c = config(mesh, model={"path": str(tmp_path), "compute_dtype": "bfloat16"})
-        return make_plan(c, described(f"h100:{devices}"), only=["update_actor"])
-
-    one, replicas = (update(mesh, devices) for mesh, devices in (("1x1x1", 1), ("8x1x1", 8)))
+    model = larger_model(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    one, replicas = (
+        make_plan(config(mesh, model=model), described(f"h100:{devices}"), only=["update_actor"])
+        for mesh, devices in (("1x1x1", 1), ("8x1x1", 8))
+    )
     a_layer = one.resident["actor"] / 8  # of which a replica has its own gradient, and their sum
     assert replicas.programs[0].temporaries - one.programs[0].temporaries < 2 * a_layer
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+def test_the_peak_of_an_update_is_within_a_tenth_of_what_a_gpu_held(tmp_path):
+    """Of a model larger than all others here, as a GPU says only what it held at most since the process began."""
+    model = larger_model(tmp_path, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
+    served = {"engine": "vllm", "vllm": {"urls": ["http://host:8000"]}}
+    c = config("1x1x1", model=model, rollout=served, algorithm={"adv_estimator": "grpo"}, actor={"use_kl_loss": False})
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    roles = roles_of(c, mesh)
+    run = updates_of(c, roles)
+    (work,) = run.work
+    planned = memory_of(work.lower().compile(), work, run).peak
+
+    def zeros(tree):
+        return jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), tree)
+
+    state = new_train_state(mesh, roles.actor_optimizer, zeros(roles.actor_state.trained), roles.actor_state)
+    inputs = zeros(roles.policy.abstract_put(micro_batches_of(c, mesh, 16, c.actor.ppo_max_token_len_per_gpu)))
+    jax.block_until_ready(roles.policy.step_program(state)(state, {}, *inputs, put_replicated(mesh, np.float32(0))))
+    measured = mesh.devices.flat[0].memory_stats()["peak_bytes_in_use"]
+    assert measured == pytest.approx(planned, rel=0.1)
