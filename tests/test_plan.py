@@ -286,6 +286,18 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
     assert collective.times == times
 
 
+def test_a_collective_that_runs_behind_others_in_fusions_counts_once():
+    """As XLA for TPUs writes it: one fusion begins it, others go on with it, the last ends it."""
+    gather = "%ag.{0} = f32[8]{{0}} all-gather(%x), channel_id={1}, replica_groups=[4,2]<=[8]"
+    fused = f"%{{0}} (x: f32[4]) -> f32[8] {{{{\n  {gather}\n}}}}\n"
+    calls = "  %{0}.1 = f32[8]{{0}} fusion(%p), kind=kCustom, calls=%{0}\n"
+    channels = {"start": 7, "done": 7, "start.1": 8, "done.1": 8}
+    text = "\n".join(fused.format(*pair) for pair in channels.items())
+    text += "\nENTRY %main (p: f32[4]) -> f32[8] {\n" + "".join(map(calls.format, channels)) + "}\n"
+    (collective,) = facts(text, 8).collectives
+    assert (collective.kind, collective.times, collective.bytes) == ("all-gather", 2, 16)
+
+
 @pytest.mark.parametrize(
     "written, groups",
     [

@@ -30,6 +30,7 @@ _MESHED = re.compile(
     r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
 _MEGASCALE = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}.*?_xla_megascale_transfer_type="(\w+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"(\d+)"')
 
@@ -118,9 +119,14 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 def _walk(
     computations: dict[str, list[_Instruction]], name: str, loops: tuple[int, ...], depth: int, times: int
 ) -> Iterator[tuple[_Instruction, int]]:
-    """Every instruction that runs, and how often. The insides of fusions are not tensors and hold no collectives."""
+    """Every instruction that runs, and how often. Of the insides of fusions, which are no tensors, collectives alone."""
+    in_fusions: dict[str, _Instruction] = {}  # one that XLA for TPUs hides behind products is in each of them
     for instruction in computations.get(name, ()):
         yield instruction, times
+        if instruction.opcode == "fusion":
+            for fused in computations.get(_CALLED.findall(instruction.rest)[0], ()):
+                if fused.opcode in COLLECTIVES and (channel := _CHANNEL.search(fused.rest)):
+                    in_fusions.setdefault(channel[1], fused)
         if instruction.opcode in ("fusion", "reduce", "sort", "scatter", "map", "custom-call", *COLLECTIVES):
             continue
         inner, inner_depth = times, depth
@@ -134,6 +140,8 @@ def _walk(
             called += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
         for computation in called:
             yield from _walk(computations, computation, loops, inner_depth, inner)
+    for fused in in_fusions.values():
+        yield fused, times
 
 
 def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
