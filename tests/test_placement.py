@@ -124,6 +124,7 @@ def given() -> dict:
     [
         ({"actor": {"offload": ["moments"]}}, "actor.offload holds moments: it may hold optimizer and params"),
         ({"ref": {"offload": ["optimizer"]}}, "ref.offload holds optimizer: it may hold params"),
+        ({"reward": {"model": {"offload": ["layers"]}}}, "reward.model.offload holds layers: it may hold params"),
         ({"mesh": {"tensor": 3}, "model": {"shard_tokens": "blocks"}}, "rows of 1024 tokens over mesh.tensor 3, which"),
         ({"model": {"shard_tokens": "attention", "attention": "cudnn"}}, "shard_tokens attention needs .* xla"),
         ({"model": {"remat": "some"}}, "model.remat is 'some' and must be one of none, dots, full, offload"),

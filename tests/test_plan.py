@@ -154,6 +154,10 @@ def test_a_reward_model_is_planned_and_is_in_the_check_before_a_weight_is_read()
     found = make_plan(c, described("cpu:8"), only=["reward_model"])
     assert found.resident["reward model"] == bytes_of(reward.abstract)
     assert found.programs[0].arguments >= bytes_of(reward.abstract)
+    waiting = config(reward={"model": {"path": str(path), "offload": ["params"]}})
+    away = make_plan(waiting, described("cpu:8"), only=["reward_model"])
+    assert 0 < away.resident["reward model"] == found.resident["reward model"] - away.resident_host["reward model"]
+    assert away.resident_host["reward model"] > found.resident["reward model"] / 2
 
 
 def test_later_turns_are_planned_with_prompts_that_hold_the_turns_before_them():

@@ -18,7 +18,7 @@ from ..roles import Roles
 from ..rollout.lowering import cache_bytes
 from .costs import bytes_of
 from .memory import compiled_or_refused, lying, memory_of
-from .programs import Run, batches_of, engine_of, lowered_publication, offloaded_of, resident_of, updates_of
+from .programs import batches_of, engine_of, lowered_publication, run_of, updates_of
 
 GB = 1e9
 SWEEP = "`scripts/plan.py --sweep` finds what fits"
@@ -42,8 +42,7 @@ def least_memory(c: Config, roles: Roles, reward: RewardModel | None = None) -> 
     Validation and later turns may ask for more, or for less: answers are shorter than they may be, and a cache grows as
     it is needed. A plan has them at their largest.
     """
-    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
-    resident = lying(run)[0]
+    resident = lying(run_of(c, roles, reward))[0]
     needs = []
     if c.rollout.engine == "jax":
         engine = engine_of(c, roles)

@@ -85,7 +85,7 @@ def roles_of(c: Config, mesh: Mesh, find: Callable[[str], Pretrained] = describe
 
 def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
     """Everything that a step of the run executes, in its order."""
-    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
+    run = run_of(c, roles, reward)
     run.work = [*([] if reward is None else [_scoring(c, reward)]), *_training(c, roles)]
     if c.rollout.engine == "jax":  # another engine has its own devices or its own program
         generation, publication = _generation(run, c, roles)
@@ -96,34 +96,33 @@ def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> R
 
 def updates_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
     """The updates of critic and actor, with all that lies beside them."""
-    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
+    run = run_of(c, roles, reward)
     if c.rollout.engine == "jax":
         run.resident["engine"] = outputs(lowered_publication(engine_of(c, roles), roles))
     run.work = [work for work in _training(c, roles) if work.kind == "update"]
     return run
 
 
-def resident_of(roles: Roles, reward: RewardModel | None = None) -> dict[str, Tree]:
-    """Shapes and shardings of what the roles and the reward model hold throughout, by name."""
+def run_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
+    """What lies there throughout, but for the engine's weights; no programs yet.
+
+    Shardings say too what of it waits in host memory, but not where XLA knows no host of a GPU.
+    """
     state = roles.abstract_state()
-    trees = {"actor": state["actor"].trained, "actor optimizer": state["actor"].opt_state}
+    resident = {"actor": state["actor"].trained, "actor optimizer": state["actor"].opt_state}
     if roles.has_adapters:
-        trees["base"] = roles.abstract_frozen
+        resident["base"] = roles.abstract_frozen
     if roles.needs_ref and not roles.ref_is_base:
-        trees["ref"] = roles.ref_abstract
+        resident["ref"] = roles.ref_abstract
     if roles.needs_critic:
-        trees |= {"critic": state["critic"].trained, "critic optimizer": state["critic"].opt_state}
+        resident |= {"critic": state["critic"].trained, "critic optimizer": state["critic"].opt_state}
     if reward is not None:
-        trees["reward model"] = reward.abstract
-    return trees
-
-
-def offloaded_of(c: Config, roles: Roles) -> frozenset[str]:
-    """What of `resident_of` waits in host memory. Shardings say it too, but not where XLA knows no host of a GPU."""
+        resident["reward model"] = reward.abstract
     of_actor = {"optimizer": "actor optimizer", "params": "base" if roles.has_adapters else "actor"}
     of_critic = {"optimizer": "critic optimizer", "params": "critic"}
-    names = [of_actor[what] for what in c.actor.offload] + [of_critic[what] for what in c.critic.offload]
-    return frozenset([*names, *("ref" for _ in c.ref.offload)]) & resident_of(roles).keys()
+    offloaded = {of_actor[what] for what in c.actor.offload} | {of_critic[what] for what in c.critic.offload}
+    offloaded |= {"ref" for _ in c.ref.offload} | {"reward model" for _ in c.reward.model.offload}
+    return Run(roles.mesh, resident, frozenset(offloaded & resident.keys()))
 
 
 def _scoring(c: Config, reward: RewardModel) -> Work:
