@@ -195,7 +195,7 @@ class Programs:
             specs = jax.tree.map(lambda x: x.spec, shardings.trained) if is_compressed else None
             self._compiled_step = self.jit(
                 partial(self._step, specs), donate_argnums=0, out_shardings=(shardings, None),
-                compiler_options=IN_PLACE,
+                compiler_options=IN_PLACE if self.mesh.shape["data"] > 1 else None,
             )  # fmt: skip
         return self._compiled_step
 
