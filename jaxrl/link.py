@@ -304,11 +304,8 @@ class Link:
         stood_still = [still_s for _, still_s in self._stages]
         hanging = stood_still.index(max(stood_still))  # the others went on to where they need it
         stage, still_s = self._stages[hanging]
-        alike = (
-            ""
-            if len({stage for stage, _ in self._stages}) > 1
-            else " (and so have all others, so it may be one of them)"
-        )
+        all_alike = len({stage for stage, _ in self._stages}) == 1
+        alike = " (and so have all others, so it may be one of them)" if all_alike else ""
         self._lose(
             hanging,
             f"has been at {stage!r} for {still_s:.0f} s{alike}, and nobody began or finished anything for {limit:g} s "

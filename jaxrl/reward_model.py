@@ -7,7 +7,7 @@ the actor. Its score is what the head says at the last token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .config import Config, Head, Model
+from .offload import waiting
 from .packing import Sequences, max_micro_batches, pack
 from .parallel import num_row_shards
 from .rewards import Sample, Score
@@ -36,7 +37,7 @@ def reward_model_of(
         return None
     return RewardModel(
         m.path, own_mesh(mesh, m.mesh, "reward.model"), computed(c.model, m.compute_dtype),
-        max_tokens=c.critic.ppo_max_token_len_per_gpu, head=m.head, find=find,
+        max_tokens=c.critic.ppo_max_token_len_per_gpu, head=m.head, offload=m.offload, find=find,
     )  # fmt: skip
 
 
@@ -58,6 +59,7 @@ class RewardModel:
         *,
         max_tokens: int,
         head: Head | None = None,
+        offload: Collection[str] = (),
         find: Callable[[str], Pretrained] = open_pretrained,
     ):
         self.source, head = with_adapter_merged(find(path)), head or Head()
@@ -68,6 +70,8 @@ class RewardModel:
         self.rows = max(1, max_tokens // ROWS)  # of ROWS tokens in a micro-batch on one device
         self.critic = Critic(mesh, config, None, 0.0)
         self.abstract = abstract_variables(mesh, config, "score", model.compute_dtype)
+        if "params" in offload:
+            self.abstract = {"params": waiting(self.abstract["params"])}
 
     def load(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.source.tokenizer)

@@ -218,16 +218,15 @@ class Trainer:
     def _check_ahead(self) -> None:
         """Refuses to collect in a thread of its own what takes part in collectives, which then come in any order."""
         c, what = self.config, None
-        if self.link.num_processes > 1:
-            what = f"a run of {self.link.num_processes} processes, in which all must do the same in the same order"
-        elif self.mesh.size > 1 and c.rollout.engine == "jax":
-            what = f"rollout.engine jax on the {self.mesh.size} devices of training"
-        elif self.mesh.size > 1 and c.reward.model.path is not None:
-            what = f"a reward model on the {self.mesh.size} devices of training"
-        if what is not None:
+        if c.rollout.engine == "jax":
+            what = "rollout.engine jax"
+        elif c.reward.model.path is not None:
+            what = "a reward model"
+        if self.mesh.size > 1 and what is not None:
             raise ValueError(
-                f"trainer.trainer_mode one_step_off is not for {what}: two programs at a time could wait for each other "
-                "for ever, set trainer.trainer_mode=sync"
+                f"trainer.trainer_mode one_step_off is not for {what} on the {self.mesh.size} devices of training: two "
+                "programs at a time could wait for each other for ever, set trainer.trainer_mode=sync, or let servers "
+                "answer (rollout.engine=vllm, reward.functions)"
             )
 
     def _make_scorer(self, given: Callable[..., Any] | None) -> Scorer:

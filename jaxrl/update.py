@@ -107,6 +107,10 @@ class Compression(NamedTuple):
 
 NO_COMPRESSION = Compression()
 
+# XLA for GPUs and TPUs would add up the gradients of the layers in a second copy, to sum them over replicas after the
+# last layer: as many bytes sent, the gradients twice on a device, and once more on the host that compiles.
+IN_PLACE = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
+
 
 def _micro(tree: Tree, i: Array) -> Tree:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
@@ -190,8 +194,9 @@ class Programs:
             is_compressed = self.compression.method != "none"
             specs = jax.tree.map(lambda x: x.spec, shardings.trained) if is_compressed else None
             self._compiled_step = self.jit(
-                partial(self._step, specs), donate_argnums=0, out_shardings=(shardings, None)
-            )
+                partial(self._step, specs), donate_argnums=0, out_shardings=(shardings, None),
+                compiler_options=IN_PLACE if self.mesh.shape["data"] > 1 else None,
+            )  # fmt: skip
         return self._compiled_step
 
     def lower_step(self, state: TrainState, frozen: Tree, shape: tuple[int, int, int]) -> jax.stages.Lowered:

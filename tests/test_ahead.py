@@ -130,8 +130,12 @@ def test_samples_of_other_weights_enter_no_batch(settings):  # noqa: F811
             trainer.fit()
 
 
-def test_it_is_refused_without_a_correction_and_on_a_mesh(settings):  # noqa: F811
+def test_it_is_refused_without_a_correction_and_for_what_takes_the_devices_of_a_mesh(settings):  # noqa: F811
     with pytest.raises(ValueError, match="samples of the weights before: set algorithm.rollout_correction.rollout_is"):
         from_dict(settings("a", **ONE_OFF | {"algorithm__rollout_correction": {}}))
     with pytest.raises(ValueError, match="one_step_off is not for rollout.engine jax on the 8 devices"):
         Trainer(from_dict(settings("b", **ONE_OFF, mesh={"data": 8, "fsdp": 1, "tensor": 1})))
+    served = {"rollout__engine": "vllm", "rollout__vllm": {"urls": ["http://host:8000"]}}
+    with pytest.raises(ValueError, match="is not for a reward model on the 8 devices .* or let servers answer"):
+        mesh = {"data": 8, "fsdp": 1, "tensor": 1}
+        Trainer(from_dict(settings("c", **ONE_OFF | served, mesh=mesh, reward__model={"path": "x"})))

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from test_link import free_port
 from test_trainer import model, numbers_of, settings  # noqa: F401 (fixtures)
+from vllm_stub import stub_python
 from xla_flags import QUICK
 
 from jaxrl.config import from_dict
@@ -73,12 +74,12 @@ class Launched(NamedTuple):
 def launch(settings, tmp_path):  # noqa: F811
     """Starts a run by its name with a number of processes; the same name goes on with the same run."""
 
-    def start(name: str, num_processes: int) -> Launched:
-        tree = settings(
-            name, data__val_files=None, trainer__total_training_steps=STEPS, trainer__save_freq=1,
-            trainer__heartbeat_timeout_s=6.0, trainer__max_ckpt_to_keep=2, actor__use_kl_loss=True,
-            mesh={"data": 1, "fsdp": 2, "tensor": 2},
-        )  # fmt: skip
+    def start(name: str, num_processes: int, **overrides) -> Launched:
+        tree = settings(name, **{
+            "data__val_files": None, "trainer__total_training_steps": STEPS, "trainer__save_freq": 1,
+            "trainer__heartbeat_timeout_s": 6.0, "trainer__max_ckpt_to_keep": 2, "actor__use_kl_loss": True,
+            "mesh": {"data": 1, "fsdp": 2, "tensor": 2}, **overrides,
+        })  # fmt: skip
         (tmp_path / "reward.py").write_text(REWARD)
         (tmp_path / f"{name}.json").write_text(json.dumps(tree))  # JSON is YAML
         command = [*LOCAL, "-n", str(num_processes), "--devices", str(4 // num_processes)]
@@ -156,6 +157,27 @@ def test_any_number_of_processes_takes_the_same_steps_and_a_dead_one_is_survived
     assert code == 0, text
     assert f"] step {saved + 1:>2}/{STEPS}" in text and f"] step {saved:>2}/{STEPS}" not in text
     assert outcome(four.folder) == outcome(one.folder)
+
+
+def test_one_step_off_with_servers_is_the_same_on_a_mesh_of_one_process_and_of_two(launch, tmp_path):
+    reward = "def sixes(solution_str):\n    return solution_str.count('e') / 6\n"  # of the tokens 5 and 6, d and e
+    (tmp_path / "sixes.py").write_text(reward)
+    vllm = {"python": stub_python(tmp_path), "env": {"DRAWS": "1"}, "probe_tolerance": 1e3}
+    one_step_off = {
+        "rollout__engine": "vllm", "rollout__vllm": vllm, "trainer__trainer_mode": "one_step_off",
+        "trainer__total_training_steps": 3, "trainer__save_freq": -1, "algorithm__adv_estimator": "grpo",
+        "algorithm__rollout_correction": {"rollout_is": "token"},
+        "reward": {"functions": [{"name": f"{tmp_path}/sixes.py:sixes"}]},
+    }  # fmt: skip
+    runs = [launch(name, n, **one_step_off) for name, n in (("one", 1), ("two", 2))]
+    for run in runs:
+        code, text = run.ended()
+        assert code == 0, text
+    one, two = (outcome(run.folder) for run in runs)
+    assert one == two
+    rows = [json.loads(line) for line in (runs[1].folder / "metrics.jsonl").open()]
+    assert [row["training/staleness"] for row in rows] == [0, 1, 1]
+    assert all(row["actor/grad_norm"] > 0 for row in rows) and all(row["perf/overlap_s"] > 0 for row in rows[:-1])
 
 
 READ = """

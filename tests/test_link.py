@@ -1,6 +1,7 @@
 """The processes of a run find each other, exchange values, and tell of the dead. No JAX here, so a process costs little."""
 
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -8,13 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jaxrl.cluster import Place
-from jaxrl.distributed import _user_files, check_same
+from jaxrl.distributed import _code, _user_files, check_same
 from jaxrl.link import PEER_LOST, Link
 from jaxrl.rewards.score import Sample, Score
 from jaxrl.rewards.shared import shared
@@ -103,6 +105,20 @@ def test_hosts_that_differ_are_named_with_what_differs():
     errors = together(places(3), do)
     for error in errors:
         assert "process 2 (host" in str(error) and "do not agree on the config: actor.optim.lr is 1e-05" in str(error)
+
+
+def test_every_file_of_the_code_and_the_libraries_that_compute_are_compared():
+    found = _code()
+    own = {f"jaxrl/{path.relative_to(ROOT / 'jaxrl').as_posix()}" for path in (ROOT / "jaxrl").rglob("*.py")}
+    assert {name for name in found if name.startswith("jaxrl/")} == own
+    assert found["jax"] == version("jax") and found["Python"] == platform.python_version()
+
+    def do(link: Link):
+        theirs = {"jaxrl/update.py": "another"} if link.process_id == 1 else {}
+        check_same(link, "the code", found | theirs)
+
+    told = f"agree on the code: jaxrl/update.py is another on the one and {found['jaxrl/update.py']} on the other"
+    assert all(told in str(error) for error in together(places(2), do))
 
 
 def test_a_users_file_is_compared_wherever_the_config_names_it(tmp_path):

@@ -16,7 +16,7 @@ from jaxrl.models import decoder
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.logprobs import target_logprobs
 from jaxrl.optimizer import abstract_state, make_optimizer
-from jaxrl.packing import Layout, Sequences, pack
+from jaxrl.packing import Layout, Sequences, _fill, pack
 from jaxrl.parallel import make_mesh, num_row_shards, partition, put_rows, use_mesh, with_shardings
 from jaxrl.update import NO_COMPRESSION, Compression, Critic, Policy, PolicyLoss, TrainState
 from jaxrl.weights.load import load_hf_config, load_params
@@ -100,8 +100,21 @@ def layout_in(ways: int) -> Layout:
     return packed
 
 
-def targets_of(kind, mesh):
-    return kind(*(layout(mesh).to_slots(np.float32(NUMBERS[name])) for name in kind._fields))
+@cache
+def padded_in(ways: int) -> Layout:
+    """In the same shapes each sequence in a row of its own: three micro-batches."""
+    places = [(b // 8, b % 8, [(0, int(SEQUENCES.group[b]), [b])]) for b in range(24)]
+    padded = _fill(SEQUENCES, places, (3, 8, 20), ways, 3)
+    assert padded.rows.segments.max() == 1 and (padded.rows.segments == 0).any()
+    return padded
+
+
+def packed_and_padded(mesh) -> tuple[Layout, Layout]:
+    return layout(mesh), padded_in(num_row_shards(mesh))
+
+
+def targets_of(kind, rows: Layout):
+    return kind(*(rows.to_slots(np.float32(NUMBERS[name])) for name in kind._fields))
 
 
 # The reference: one device, no mesh, no packing, the formulas as the papers have them.
@@ -175,11 +188,12 @@ def reference(head: str) -> Reference:
 def role(mesh, head: str, compression: Compression = NO_COMPRESSION):
     optimizer = make_optimizer(weight_decay=WEIGHT_DECAY, clip_grad=CLIP_GRAD, eps=EPS)
     if head == "score":
-        return Critic(mesh, model("score"), optimizer, cliprange_value=VALUE_CLIP), targets_of(ValueTargets, mesh)
+        critic = Critic(mesh, model("score"), optimizer, cliprange_value=VALUE_CLIP)
+        return critic, targets_of(ValueTargets, layout(mesh))
     loss = PolicyLoss(
         clip_low=CLIP, clip_high=CLIP, clip_c=DUAL_CLIP, entropy_coeff=ENTROPY_COEFF, kl_loss_coef=KL_COEF
     )
-    return Policy(mesh, model("lm"), optimizer, loss, compression), targets_of(PolicyTargets, mesh)
+    return Policy(mesh, model("lm"), optimizer, loss, compression), targets_of(PolicyTargets, layout(mesh))
 
 
 def assert_trees_close(got, expected, *, rtol: float, atol: float) -> None:
@@ -189,22 +203,23 @@ def assert_trees_close(got, expected, *, rtol: float, atol: float) -> None:
 
 @pytest.mark.parametrize("head", ["lm", "score"], ids=["actor", "critic"])
 @pytest.mark.parametrize("shape", MESHES, ids=lambda shape: "x".join(map(str, shape)))
-def test_a_step_on_any_mesh_is_the_step_of_one_device(shape, head):
+def test_a_step_on_any_mesh_is_the_step_of_one_device_packed_and_padded(shape, head):
     expected = reference(head)
     mesh = make_mesh(*shape)
-    programs, targets = role(mesh, head)
-    state = init_state(programs.optimizer, {"params": load(mesh, head)})
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    state, metrics = programs.step(state, {}, layout(mesh), targets, LR)
-    # Float32 rounding of sums in another order. Sizes: losses 1, gradients 0.1 (clipped to a norm of 1), steps 0.01.
-    assert_trees_close(metrics["losses"], expected.losses, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(metrics["grad_norm"], expected.norm, rtol=1e-5)
-    moments = jax.tree.map(lambda m: m / 0.1, jax.device_get(state.opt_state.mu["params"]))  # (1 - beta1) x gradient
-    assert_trees_close(moments, expected.gradient, rtol=1e-4, atol=1e-6)
-    assert_trees_close(state.trained["params"], expected.stepped, rtol=1e-6, atol=1e-6)
-    # What was split stays split, the optimizer's moments like their parameters.
-    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
-    assert all(jax.tree.leaves(same))
+    programs, _ = role(mesh, head)
+    for rows in packed_and_padded(mesh):
+        state = init_state(programs.optimizer, {"params": load(mesh, head)})
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        state, metrics = programs.step(state, {}, rows, targets_of(programs.Targets, rows), LR)
+        # Float32 rounding of sums in another order. Sizes: losses 1, gradients 0.1 (clipped to a norm of 1), steps 0.01.
+        assert_trees_close(metrics["losses"], expected.losses, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"], expected.norm, rtol=1e-5)
+        moments = jax.device_get(jax.tree.map(lambda m: m / 0.1, state.opt_state.mu["params"]))
+        assert_trees_close(moments, expected.gradient, rtol=1e-4, atol=1e-6)  # moments are (1 - beta1) x gradient
+        assert_trees_close(state.trained["params"], expected.stepped, rtol=1e-6, atol=1e-6)
+        # What was split stays split, the optimizer's moments like their parameters.
+        same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
+        assert all(jax.tree.leaves(same))
 
 
 def test_logprobs_and_values_on_a_mesh_are_those_of_one_device():

@@ -1,6 +1,7 @@
 """Where weights, optimizer state and activations lie: a step with any placement on any mesh is the step of one device."""
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cache
 
 import jax
@@ -28,41 +29,42 @@ PLACEMENTS = {  # what of the model's config changes, and what waits in host mem
 quick_compiles = step.quick_compiles
 
 
-def take_step(mesh, head: str, changes: dict, offload: tuple[str, ...]):
-    """State and metrics after one step; and logprobs or values before it."""
-    programs, targets = step.role(mesh, head)
+def steps(mesh, head: str, changes: dict, offload: tuple[str, ...]) -> Iterator[tuple]:
+    """State and metrics after one step, and logprobs or values before it: of packed and of padded rows."""
+    programs, _ = step.role(mesh, head)
     programs.config = dataclasses.replace(programs.config, **changes)
-    params = step.load(mesh, head)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-    if "params" in offload:
-        abstract = waiting(abstract)
-        params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract))
-    wanted = abstract_train_state(programs.optimizer, {"params": abstract}, offload)
-    state = new_train_state(mesh, programs.optimizer, {"params": params}, wanted)
-    forward = programs.logprobs if head == "lm" else programs.values
-    before = forward(state.trained, step.layout(mesh))
-    state, metrics = programs.step(state, {}, step.layout(mesh), targets, step.LR)
-    for kind, tree in (("params", state.trained), ("optimizer", state.opt_state.mu)):
-        for path, x in jax.tree.leaves_with_path(tree):  # what was on the host is there again
-            assert x.sharding.memory_kind == (HOST_KIND if kind in offload and waits(path, x) else "device"), path
-    return before, jax.device_get((state, metrics))
+    for rows in step.packed_and_padded(mesh):
+        params = step.load(mesh, head)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+        if "params" in offload:
+            abstract = waiting(abstract)
+            params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract))
+        wanted = abstract_train_state(programs.optimizer, {"params": abstract}, offload)
+        state = new_train_state(mesh, programs.optimizer, {"params": params}, wanted)
+        forward = programs.logprobs if head == "lm" else programs.values
+        before = forward(state.trained, rows)
+        state, metrics = programs.step(state, {}, rows, step.targets_of(programs.Targets, rows), step.LR)
+        for kind, tree in (("params", state.trained), ("optimizer", state.opt_state.mu)):
+            for path, x in jax.tree.leaves_with_path(tree):  # what was on the host is there again
+                assert x.sharding.memory_kind == (HOST_KIND if kind in offload and waits(path, x) else "device"), path
+        yield before, jax.device_get(state), jax.device_get(metrics)
 
 
 @pytest.mark.parametrize("head", ["lm", "score"], ids=["actor", "critic"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("shape", MESHES, ids=lambda shape: "x".join(map(str, shape)))
-def test_a_step_with_any_placement_is_the_step_of_one_device(shape, placement, head):
+def test_a_step_with_any_placement_is_the_step_of_one_device_packed_and_padded(shape, placement, head):
     expected = step.reference(head)
-    before, (state, metrics) = take_step(make_mesh(*shape), head, *PLACEMENTS[placement])
-    before = (before.logprobs, before.entropy) if head == "lm" else (before,)
-    for got, plain in zip(before, expected.per_token, strict=True):
-        np.testing.assert_allclose(got, np.where(step.SEQUENCES.present, plain, 0.0), atol=1e-5)
-    # Float32 rounding of sums in another order, with the tolerances of test_parallel.py.
-    step.assert_trees_close(metrics["losses"], expected.losses, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(metrics["grad_norm"], expected.norm, rtol=1e-5)
-    moments = jax.tree.map(lambda m: m / 0.1, state.opt_state.mu["params"])
-    step.assert_trees_close(moments, expected.gradient, rtol=1e-4, atol=1e-6)
-    step.assert_trees_close(state.trained["params"], expected.stepped, rtol=1e-6, atol=1e-6)
+    for before, state, metrics in steps(make_mesh(*shape), head, *PLACEMENTS[placement]):
+        before = (before.logprobs, before.entropy) if head == "lm" else (before,)
+        for got, plain in zip(before, expected.per_token, strict=True):
+            np.testing.assert_allclose(got, np.where(step.SEQUENCES.present, plain, 0.0), atol=1e-5)
+        # Float32 rounding of sums in another order, with the tolerances of test_parallel.py.
+        step.assert_trees_close(metrics["losses"], expected.losses, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"], expected.norm, rtol=1e-5)
+        moments = jax.tree.map(lambda m: m / 0.1, state.opt_state.mu["params"])
+        step.assert_trees_close(moments, expected.gradient, rtol=1e-4, atol=1e-6)
+        step.assert_trees_close(state.trained["params"], expected.stepped, rtol=1e-6, atol=1e-6)
 
 
 def test_weights_in_host_memory_are_exported_and_given_to_the_engine_as_from_the_device():
@@ -122,6 +124,7 @@ def given() -> dict:
     [
         ({"actor": {"offload": ["moments"]}}, "actor.offload holds moments: it may hold optimizer and params"),
         ({"ref": {"offload": ["optimizer"]}}, "ref.offload holds optimizer: it may hold params"),
+        ({"reward": {"model": {"offload": ["layers"]}}}, "reward.model.offload holds layers: it may hold params"),
         ({"mesh": {"tensor": 3}, "model": {"shard_tokens": "blocks"}}, "rows of 1024 tokens over mesh.tensor 3, which"),
         ({"model": {"shard_tokens": "attention", "attention": "cudnn"}}, "shard_tokens attention needs .* xla"),
         ({"model": {"remat": "some"}}, "model.remat is 'some' and must be one of none, dots, full, offload"),

@@ -25,11 +25,13 @@ from jaxrl.parallel import make_mesh, put_replicated
 from jaxrl.plan import check
 from jaxrl.plan.costs import bytes_of, cost
 from jaxrl.plan.hlo import facts
-from jaxrl.plan.programs import Work, batches_of, programs_of, roles_of
+from jaxrl.plan.memory import memory_of
+from jaxrl.plan.programs import Work, batches_of, programs_of, roles_of, updates_of
 from jaxrl.plan.report import Plan, make_plan, table, verdict
 from jaxrl.plan.sources import described_model
 from jaxrl.plan.sweep import meshes, sweep, sweep_table
 from jaxrl.reward_model import reward_model_of
+from jaxrl.roles import new_train_state
 from jaxrl.topology import described
 from jaxrl.weights.pretrained import open_pretrained
 
@@ -170,6 +172,10 @@ def test_a_reward_model_is_planned_and_is_in_the_check_before_a_weight_is_read()
     found = make_plan(c, described("cpu:8"), only=["reward_model"])
     assert found.resident["reward model"] == bytes_of(reward.abstract)
     assert found.programs[0].arguments >= bytes_of(reward.abstract)
+    waiting = config(reward={"model": {"path": str(path), "offload": ["params"]}})
+    away = make_plan(waiting, described("cpu:8"), only=["reward_model"])
+    assert 0 < away.resident["reward model"] == found.resident["reward model"] - away.resident_host["reward model"]
+    assert away.resident_host["reward model"] > found.resident["reward model"] / 2
 
 
 def test_later_turns_are_planned_with_prompts_that_hold_the_turns_before_them():
@@ -279,6 +285,44 @@ def test_a_collective_counts_as_often_as_its_loops_run_and_by_what_a_ring_sends(
 
 
 @pytest.mark.parametrize(
+    "bound, times",
+    [
+        ("%n = s32[]{:T(128)} constant(16)", 16),  # as XLA for TPUs leaves it, which notes no trip count
+        ("%n = s32[]{:T(128)} get-tuple-element(%arg), index=1", 5),  # of a number that the program is given
+    ],
+)
+def test_a_loop_up_to_a_constant_runs_that_often_where_no_trip_count_is_noted(bound, times):
+    text = f"""%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %ag = f32[8]{{0}} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={{0}}
+}}
+
+%cond (arg: (s32[], f32[8])) -> pred[] {{
+  {bound}
+  %i = s32[]{{:T(128)}} get-tuple-element(%arg), index=0
+  ROOT %lt = pred[]{{:T(512)}} compare(%i, %n), direction=LT
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %w = (s32[], f32[8]{{0}}) while(%p), condition=%cond, body=%body
+}}
+"""
+    (collective,) = facts(text, 8, loops=(5,)).collectives
+    assert collective.times == times
+
+
+def test_a_collective_that_runs_behind_others_in_fusions_counts_once():
+    """As XLA for TPUs writes it: one fusion begins it, others go on with it, the last ends it."""
+    gather = "%ag.{0} = f32[8]{{0}} all-gather(%x), channel_id={1}, replica_groups=[4,2]<=[8]"
+    fused = f"%{{0}} (x: f32[4]) -> f32[8] {{{{\n  {gather}\n}}}}\n"
+    calls = "  %{0}.1 = f32[8]{{0}} fusion(%p), kind=kCustom, calls=%{0}\n"
+    channels = {"start": 7, "done": 7, "start.1": 8, "done.1": 8}
+    text = "\n".join(fused.format(*pair) for pair in channels.items())
+    text += "\nENTRY %main (p: f32[4]) -> f32[8] {\n" + "".join(map(calls.format, channels)) + "}\n"
+    (collective,) = facts(text, 8).collectives
+    assert (collective.kind, collective.times, collective.bytes) == ("all-gather", 2, 16)
+
+
+@pytest.mark.parametrize(
     "written, groups",
     [
         ("replica_groups=[2,4]<=[4,2]T(1,0), x", ((0, 2, 4, 6), (1, 3, 5, 7))),
@@ -316,6 +360,20 @@ def test_the_flops_of_an_update_are_three_forward_passes_and_one_more_with_full_
     full = dataclasses.replace(work, model=dataclasses.replace(model, remat="full"))
     assert cost(full, mesh).flops == 3 * (4 * forward + 4 * head) / 4
     assert cost(dataclasses.replace(work, kind="forward"), mesh).flops == 3 * (forward + head) / 4
+
+
+def test_weights_that_train_in_bfloat16_and_their_gradients_are_half_the_bytes_to_move_and_moments_are_not():
+    def update(param_dtype: str) -> Work:
+        c = config(actor={"param_dtype": param_dtype})
+        return next(w for w in programs_of(c, roles_of(c, make_mesh(2, 2, 2))).work if w.name == "update_actor")
+
+    wide, narrow = map(update, ("float32", "bfloat16"))
+    assert wide.trains is not None and wide.micro_batches > 1
+    numbers = bytes_of(wide.trains.trained) // 4
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    saved = cost(wide, mesh).memory_bytes - cost(narrow, mesh).memory_bytes
+    # The sum is read and written with every micro-batch, and read once more; so are weights at the end.
+    assert saved == 2 * numbers * (2 * wide.micro_batches + 1 + 2)
 
 
 QWEN3_MOE = ModelConfig.from_hf({
@@ -421,6 +479,16 @@ def test_the_verdict_says_by_how_much_and_what_to_change():
     json.dumps(small.to_dict())
 
 
+def test_the_table_says_on_which_mesh_each_role_and_the_engine_lie():
+    c = config("2x4x1", critic={"mesh": {"fsdp": 8}}, rollout={"tensor_model_parallel_size": 2})
+    lines = table(make_plan(c, described("cpu:8"), only=["prepare"])).splitlines()
+    where = {line[:22].strip(): line.split("  ")[-1] for line in lines if line.startswith("  ")}
+    assert {name: where[name] for name in ("actor", "ref", "critic", "critic optimizer", "engine")} == {
+        "actor": "2 x 4 x 1", "ref": "2 x 4 x 1", "critic": "1 x 8 x 1", "critic optimizer": "1 x 8 x 1",
+        "engine": "4 x 1 x 2",
+    }  # fmt: skip
+
+
 XLA_SAYS = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (36.29G) exceeds "
     "available HBM (15.75G)."
@@ -521,3 +589,43 @@ def test_a_plan_for_two_nodes_of_h100_on_a_machine_without_one():
     across = {name for name, sent in found.traffic.items() if sent and "data" in name}
     assert across and found.network_bytes > 0  # replicas sit on different nodes, shards on one
     assert found.link_bytes > found.network_bytes
+
+
+def larger_model(folder: Path, **sizes: int) -> dict:
+    """The section `model` of QWEN3 in other sizes: a `config.json` and no weights."""
+    described = json.loads((QWEN3 / "config.json").read_text()) | {"layer_types": None} | sizes
+    (folder / "config.json").write_text(json.dumps(described))
+    return {"path": str(folder), "compute_dtype": "bfloat16"}
+
+
+def test_replicas_hold_their_gradients_once_as_one_device_does(tmp_path):
+    pytest.importorskip("jax_cuda13_plugin", reason="the extra plan-gpu is not installed")
+    model = larger_model(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    one, replicas = (
+        make_plan(config(mesh, model=model), described(f"h100:{devices}"), only=["update_actor"])
+        for mesh, devices in (("1x1x1", 1), ("8x1x1", 8))
+    )
+    a_layer = one.resident["actor"] / 8  # of which a replica has its own gradient, and their sum
+    assert replicas.programs[0].temporaries - one.programs[0].temporaries < 2 * a_layer
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+def test_the_peak_of_an_update_is_within_a_tenth_of_what_a_gpu_held(tmp_path):
+    """Of a model larger than all others here, as a GPU says only what it held at most since the process began."""
+    model = larger_model(tmp_path, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
+    served = {"engine": "vllm", "vllm": {"urls": ["http://host:8000"]}}
+    c = config("1x1x1", model=model, rollout=served, algorithm={"adv_estimator": "grpo"}, actor={"use_kl_loss": False})
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    roles = roles_of(c, mesh)
+    run = updates_of(c, roles)
+    (work,) = run.work
+    planned = memory_of(work.lower().compile(), work, run).peak
+
+    def zeros(tree):
+        return jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), tree)
+
+    state = new_train_state(mesh, roles.actor_optimizer, zeros(roles.actor_state.trained), roles.actor_state)
+    inputs = zeros(roles.policy.abstract_put(micro_batches_of(c, mesh, 16, c.actor.ppo_max_token_len_per_gpu)))
+    jax.block_until_ready(roles.policy.step_program(state)(state, {}, *inputs, put_replicated(mesh, np.float32(0))))
+    measured = mesh.devices.flat[0].memory_stats()["peak_bytes_in_use"]
+    assert measured == pytest.approx(planned, rel=0.1)

@@ -4,12 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from jaxrl.config import Model
+from jaxrl.offload import HOST_KIND
 from jaxrl.parallel import make_mesh
 from jaxrl.reward_model import RewardModel
 from jaxrl.rewards import Sample
@@ -42,8 +44,10 @@ def folder(tmp_path):
     return copy
 
 
-def model_of(path: str, mesh=(1, 1, 1), max_tokens=256) -> RewardModel:
-    model = RewardModel(path, make_mesh(*mesh), Model(path=path, compute_dtype="float32"), max_tokens=max_tokens)
+def model_of(path: str, mesh=(1, 1, 1), max_tokens=256, **settings) -> RewardModel:
+    model = RewardModel(
+        path, make_mesh(*mesh), Model(path=path, compute_dtype="float32"), max_tokens=max_tokens, **settings
+    )
     model.load()
     return model
 
@@ -63,9 +67,11 @@ def rewards(model: RewardModel, samples: list[Sample]) -> list[float]:
     return [score.reward for score in scores]
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
-def test_scores_are_those_that_transformers_recorded(folder, mesh):
-    model = model_of(folder(LLAMA), mesh)
+@pytest.mark.parametrize("mesh, offload", [((1, 1, 1), ()), ((2, 2, 2), ("params",))])
+def test_scores_are_those_that_transformers_recorded(folder, mesh, offload):
+    model = model_of(folder(LLAMA), mesh, offload=offload)
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(model.variables) if x.ndim > 2}  # the matrices of layers
+    assert kinds == {HOST_KIND if offload else "device"}
     np.testing.assert_allclose(rewards(model, [sample(text) for text in TEXTS]), SCORES, atol=2e-4)  # float32
 
 

@@ -16,6 +16,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from jaxrl.config import from_dict
+from jaxrl.parallel import make_mesh
+from jaxrl.plan import check
+from jaxrl.plan.programs import roles_of
+from jaxrl.roles import Roles
 from jaxrl.trainer import Trainer
 from jaxrl.weights.folder import load_hf_config
 
@@ -112,6 +116,7 @@ def test_ppo_learns_and_leaves_a_folder_that_transformers_opens(settings, tmp_pa
     assert all(row["perf/recompiles"] == 0 for row in rows[3:]), [row.get("perf/recompiles") for row in rows]
     assert rows[1]["training/rollout_probs_diff_max"] < 1e-5  # engine and trainer agree
     assert rows[1]["reward/length/mean"] > 0
+    assert all(row["perf/update_weights_gb"] > 0 and row["timing_s/update_weights"] > 0 for row in rows[1:])
 
     folder = tmp_path / "ppo"
     assert {path.name for path in folder.iterdir()} >= {
@@ -131,6 +136,18 @@ def test_ppo_learns_and_leaves_a_folder_that_transformers_opens(settings, tmp_pa
         answer = trained.generate(ids, max_new_tokens=6, do_sample=False)[0, 4:].tolist()
     assert answer.count(LETTERS.index("a") + 2) >= 4, answer
     assert load_hf_config(folder / "hf")["model_type"] == load_hf_config(model)["model_type"]
+
+
+def test_what_cannot_fit_on_these_devices_is_refused_before_a_weight_is_read(settings, monkeypatch):
+    """By what lies there, which takes no compiling; and where that would fit, by the activations of the updates."""
+    monkeypatch.setattr(Roles, "load", lambda *_, **__: pytest.fail("weights were read"))
+    tree = settings("large", rollout__max_num_seqs=4, algorithm__adv_estimator="grpo")
+    c = from_dict(tree)
+    least = max(need.total for need in check.least_memory(c, roles_of(c, make_mesh(1, 1, 1))))
+    for limit, when in ((least - 1, "generation"), (least, "the update")):
+        monkeypatch.setattr(check, "_memory_of", lambda device, limit=limit: (limit, "a small one"))
+        with pytest.raises(ValueError, match=f"this run cannot fit: {when} .* a small one has .* What helps"):
+            Trainer(from_dict(tree))
 
 
 def test_a_killed_run_goes_on_bit_for_bit(settings, tmp_path):

@@ -44,6 +44,7 @@ class Stub:
         self.pause_s = 0.0  # before an upload is read
         self.asleep: set[str] = set()  # what has no memory
         self.has_weights = True
+        self.draws = False  # tokens 5 and 6 by the seed, and not 5 alone
         self.answers: dict[str, Callable[[Any], Reply]] = {}
         self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
         self._http.daemon_threads = True
@@ -104,10 +105,16 @@ class Stub:
             rest = [{"5": {"logprob": LOGPROB}}] * (len(message["token_ids"]) - 1)
             return {"prompt_logprobs": [None, *rest], "choices": [{"weight_versions": span}]}
         self.num_answered += 1
-        tokens = [5] * params["max_tokens"]
-        content = [{"token_id": token, "logprob": LOGPROB} for token in tokens]
-        choice = {"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": "length"}
-        return {"choices": [choice | {"index": i, "weight_versions": span} for i in range(params["n"])]}
+        choices = []
+        for i in range(params["n"]):
+            seed = params["seed"] + i if self.draws else 0
+            tokens = [5 + (seed >> t) % 2 for t in range(params["max_tokens"])]
+            content = [{"token_id": token, "logprob": LOGPROB} for token in tokens]
+            choices.append({
+                "token_ids": tokens, "logprobs": {"content": content}, "finish_reason": "length", "index": i,
+                "weight_versions": span,
+            })  # fmt: skip
+        return {"choices": choices}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -161,6 +168,7 @@ def main(given: str) -> None:
     while not Path(spec["env"].get("WAIT_FOR", "/")).exists():
         time.sleep(0.05)
     stub = Stub(spec["port"])
+    stub.draws = "DRAWS" in spec["env"]
     poison = spec["env"].get("POISON")  # a token whose prompt ends the server
 
     def generate(message: Any) -> Reply:

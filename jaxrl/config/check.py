@@ -173,8 +173,9 @@ def check_sources(c: Config, *, model: bool = False, train_dataset: bool = False
 
 
 def _check_placement(c: Config) -> None:
-    for role, known in (("actor", ("optimizer", "params")), ("critic", ("optimizer", "params")), ("ref", ("params",))):
-        if wrong := set(getattr(c, role).offload) - set(known):
+    trains, computes = ("optimizer", "params"), ("params",)
+    for role, known in {"actor": trains, "critic": trains, "ref": computes, "reward.model": computes}.items():
+        if wrong := set(value_of(c, f"{role}.offload")) - set(known):
             raise ValueError(f"{role}.offload holds {', '.join(sorted(wrong))}: it may hold {' and '.join(known)}")
     for name, role in (("actor", c.actor), ("critic", c.critic)):
         if role.optim.grad_topk > 1:

@@ -20,6 +20,7 @@ MAY_CHANGE = {
     "actor.offload",
     "critic.offload",
     "ref.offload",
+    "reward.model.offload",
     "actor.ppo_max_token_len_per_gpu",
     "critic.ppo_max_token_len_per_gpu",
     "trainer.row_length",

@@ -135,6 +135,7 @@ class RewardModelSection:
     head: Head = field(default_factory=Head)
     compute_dtype: str | None = None  # of its weights too; None: model.compute_dtype
     mesh: MeshSection | None = None  # as of the critic
+    offload: tuple[str, ...] = ()  # as of the reference
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..rollout.lowering import cache_bytes
 from ..topology import hardware_named
 from .costs import bytes_of
 from .memory import compiled_or_refused, lying, memory_of
-from .programs import Run, batches_of, engine_of, lowered_publication, offloaded_of, resident_of, updates_of
+from .programs import batches_of, engine_of, lowered_publication, run_of, updates_of
 
 GB = 1e9
 SWEEP = "`scripts/plan.py --sweep` finds what fits"
@@ -45,8 +45,7 @@ def least_memory(c: Config, roles: Roles, reward: RewardModel | None = None) -> 
     Validation and later turns may ask for more, or for less: answers are shorter than they may be, and a cache grows as
     it is needed. A plan has them at their largest.
     """
-    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
-    resident = lying(run)[0]
+    resident = lying(run_of(c, roles, reward))[0]
     needs = []
     if takes_turns(c) and (total := _memory_of_gpu(roles)):
         share = vllm_share(c, sum(resident.values()), total)
@@ -67,8 +66,7 @@ def least_memory(c: Config, roles: Roles, reward: RewardModel | None = None) -> 
 
 def vllm_share_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> float | None:
     """`rollout.vllm.gpu_memory_utilization` of this run, on the devices that are here."""
-    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
-    return vllm_share(c, sum(lying(run)[0].values()), _memory_of_gpu(roles))
+    return vllm_share(c, sum(lying(run_of(c, roles, reward))[0].values()), _memory_of_gpu(roles))
 
 
 def check_fits(c: Config, roles: Roles, reward: RewardModel | None = None) -> None:

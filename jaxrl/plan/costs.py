@@ -90,10 +90,10 @@ def cost(work: Work, mesh_shape: dict[str, int]) -> Cost:
         logits = LOGIT_BYTES * targets * (words if sizes.head else 0)
         memory += passes * (tokens * sizes.widths * width + scores) + head_passes * logits / 2
     memory *= work.micro_batches
-    if work.kind == "update":
-        trained = 0 if c.lora_rank else (sizes.stored + 2 * sizes.head) / fsdp
-        memory += work.micro_batches * 8 * trained  # gradients added up in float32
-        memory += 28 * trained  # parameters and two moments read and written, gradients read
+    if work.trains is not None:
+        gradients = bytes_of(work.trains.trained)  # added up in the dtype of what trains
+        memory += work.micro_batches * 2 * gradients
+        memory += 2 * bytes_of(work.trains) + gradients  # weights and moments read and written, gradients read
     return Cost(flops, memory)
 
 

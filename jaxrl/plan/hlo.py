@@ -1,8 +1,8 @@
 """What a compiled program says of itself: its collectives with the times that they run, and its largest tensor.
 
 XLA's own cost analysis counts the body of a loop once. Here the text of the compiled program is read from its entry
-down, and what stands in the body of a loop counts as often as the loop runs: XLA notes the trip count where it knows it.
-Where it does not (micro-batches, chunks of logits), the caller says it, the outermost loop first.
+down, and what stands in the body of a loop counts as often as the loop runs, where that is known in the program. Where it
+is not (micro-batches, chunks of logits), the caller says it, the outermost loop first.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _MESHED = re.compile(
     r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
 _MEGASCALE = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}.*?_xla_megascale_transfer_type="(\w+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"(\d+)"')
 
 
@@ -117,15 +119,20 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 def _walk(
     computations: dict[str, list[_Instruction]], name: str, loops: tuple[int, ...], depth: int, times: int
 ) -> Iterator[tuple[_Instruction, int]]:
-    """Every instruction that runs, and how often. The insides of fusions are not tensors and hold no collectives."""
+    """Every instruction that runs, and how often. Of the insides of fusions, which are no tensors, collectives alone."""
+    in_fusions: dict[str, _Instruction] = {}  # one that XLA for TPUs hides behind products is in each of them
     for instruction in computations.get(name, ()):
         yield instruction, times
+        if instruction.opcode == "fusion":
+            for fused in computations.get(_CALLED.findall(instruction.rest)[0], ()):
+                if fused.opcode in COLLECTIVES and (channel := _CHANNEL.search(fused.rest)):
+                    in_fusions.setdefault(channel[1], fused)
         if instruction.opcode in ("fusion", "reduce", "sort", "scatter", "map", "custom-call", *COLLECTIVES):
             continue
         inner, inner_depth = times, depth
         if instruction.opcode == "while":
-            if known := _TRIPS.search(instruction.rest):
-                inner = times * int(known[1])
+            if (trips := _trips(instruction, computations)) is not None:
+                inner = times * trips
             else:
                 inner, inner_depth = times * (loops[depth] if depth < len(loops) else 1), depth + 1
         called = _CALLED.findall(instruction.rest)
@@ -133,6 +140,23 @@ def _walk(
             called += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
         for computation in called:
             yield from _walk(computations, computation, loops, inner_depth, inner)
+    for fused in in_fusions.values():
+        yield fused, times
+
+
+def _trips(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int | None:
+    """As XLA notes it, or, as it does not for TPUs, by the condition that a number is less than a constant.
+
+    jax counts such loops from 0 by 1. A bound that is not a constant is an array of the loop, and has none here.
+    """
+    if noted := _TRIPS.search(loop.rest):
+        return int(noted[1])
+    condition = _CONDITION.search(loop.rest)
+    instructions = computations.get(condition[1], []) if condition else []
+    constants = [instruction for instruction in instructions if instruction.opcode == "constant"]
+    if len(constants) != 1 or instructions[-1].opcode != "compare" or "direction=LT" not in instructions[-1].rest:
+        return None
+    return int(constants[0].rest.partition(")")[0])
 
 
 def _bytes(type_text: str) -> int:

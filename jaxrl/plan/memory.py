@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,14 @@ def memory_of(compiled: jax.stages.Compiled, work: Work, run: Run) -> Memory:
     outputs, temporaries = found.output_size_in_bytes - found.alias_size_in_bytes, found.temp_size_in_bytes
     peak = beside(work, run) + arguments + outputs + temporaries + arriving
     return Memory(arguments, outputs, temporaries, host + found.host_temp_size_in_bytes, peak)
+
+
+def memory_of_refused(words: str, work: Work, run: Run) -> Memory:
+    """The least that a program needs which XLA did not compile: the largest number in its `words` is of temporaries."""
+    numbers = re.findall(r"(\d+(?:\.\d+)?)([KMGT])", words)
+    needed = max((int(float(number) * 2 ** (10 * " KMGT".index(unit))) for number, unit in numbers), default=0)
+    arguments, (host, _) = sum(lying(run)[0][name] for name in work.uses), waiting(work, run)
+    return Memory(arguments, 0, needed, host, beside(work, run) + arguments + needed)
 
 
 def beside(work: Work, run: Run) -> int:

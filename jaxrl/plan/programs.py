@@ -1,7 +1,7 @@
 """Every program of a run, lowered for a mesh with shapes only: what `train.py` would compile, and how often it runs it.
 
-The programs are those of training: `update.Policy` and `update.Critic`, and the engine's. No weight is read; a model is
-its `config.json`. (`prepare`, on [B, T] numbers, is left out: megabytes.)
+The programs are those of training: `update.Policy` and `update.Critic`, `prepare`, and the engine's. No weight is read; a
+model is its `config.json`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..roles import Roles
 from ..rollout.engine import Sampling
 from ..rollout.jax_engine import JaxEngine, Largest
 from ..rollout.lowering import lower_largest, lower_unstack, outputs
-from ..update import merge
+from ..update import Programs, TrainState, merge
 from ..weights.hf_names import flatten, in_order
 from ..weights.pretrained import Pretrained
 from .sources import described_model
@@ -57,6 +57,7 @@ class Work:
     uses: tuple[str, ...] = ()  # what of `Run.resident` is among its arguments
     frees: tuple[str, ...] = ()  # and what is let go before it runs
     fetched: int = 0  # bytes that each host takes from its devices
+    trains: TrainState | None = None  # of an update
     whole: tuple[str, ...] = ()  # of `uses`, what comes whole where it waits in host memory, and not layer by layer
 
     @property
@@ -84,7 +85,7 @@ def roles_of(c: Config, mesh: Mesh, find: Callable[[str], Pretrained] = describe
 
 def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
     """Everything that a step of the run executes, in its order."""
-    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
+    run = run_of(c, roles, reward)
     run.work = [*([] if reward is None else [_scoring(c, reward)]), *_training(c, roles)]
     if c.rollout.engine == "jax":  # another engine has its own devices or its own program
         generation, publication = _generation(run, c, roles)
@@ -95,34 +96,33 @@ def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> R
 
 def updates_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
     """The updates of critic and actor, with all that lies beside them."""
-    run = Run(roles.mesh, resident_of(roles, reward), offloaded_of(c, roles))
+    run = run_of(c, roles, reward)
     if c.rollout.engine == "jax" and not c.engine_sleeps:
         run.resident["engine"] = outputs(lowered_publication(engine_of(c, roles), roles))
     run.work = [work for work in _training(c, roles) if work.kind == "update"]
     return run
 
 
-def resident_of(roles: Roles, reward: RewardModel | None = None) -> dict[str, Tree]:
-    """Shapes and shardings of what the roles and the reward model hold throughout, by name."""
+def run_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
+    """What lies there throughout, but for the engine's weights; no programs yet.
+
+    Shardings say too what of it waits in host memory, but not where XLA knows no host of a GPU.
+    """
     state = roles.abstract_state()
-    trees = {"actor": state["actor"].trained, "actor optimizer": state["actor"].opt_state}
+    resident = {"actor": state["actor"].trained, "actor optimizer": state["actor"].opt_state}
     if roles.has_adapters:
-        trees["base"] = roles.abstract_frozen
+        resident["base"] = roles.abstract_frozen
     if roles.needs_ref and not roles.ref_is_base:
-        trees["ref"] = roles.ref_abstract
+        resident["ref"] = roles.ref_abstract
     if roles.needs_critic:
-        trees |= {"critic": state["critic"].trained, "critic optimizer": state["critic"].opt_state}
+        resident |= {"critic": state["critic"].trained, "critic optimizer": state["critic"].opt_state}
     if reward is not None:
-        trees["reward model"] = reward.abstract
-    return trees
-
-
-def offloaded_of(c: Config, roles: Roles) -> frozenset[str]:
-    """What of `resident_of` waits in host memory. Shardings say it too, but not where XLA knows no host of a GPU."""
+        resident["reward model"] = reward.abstract
     of_actor = {"optimizer": "actor optimizer", "params": "base" if roles.has_adapters else "actor"}
     of_critic = {"optimizer": "critic optimizer", "params": "critic"}
-    names = [of_actor[what] for what in c.actor.offload] + [of_critic[what] for what in c.critic.offload]
-    return frozenset([*names, *("ref" for _ in c.ref.offload)]) & resident_of(roles).keys()
+    offloaded = {of_actor[what] for what in c.actor.offload} | {of_critic[what] for what in c.critic.offload}
+    offloaded |= {"ref" for _ in c.ref.offload} | {"reward model" for _ in c.reward.model.offload}
+    return Run(roles.mesh, resident, frozenset(offloaded & resident.keys()))
 
 
 def _scoring(c: Config, reward: RewardModel) -> Work:
@@ -134,52 +134,50 @@ def _scoring(c: Config, reward: RewardModel) -> Work:
 
 def _training(c: Config, roles: Roles) -> list[Work]:
     """Forward passes over all sequences of a step, and the updates of critic and actor."""
-    d, sequences = c.data, c.data.train_batch_size * c.rollout.n
+    d, sequences, state = c.data, c.data.train_batch_size * c.rollout.n, roles.abstract_state()
     mini_batch = c.actor.ppo_mini_batch_size * c.rollout.n
     platform = roles.mesh.devices.flat[0].platform
     frees = ("engine",) if c.engine_sleeps else ()
 
     def work(
-        name: str, kind: str, model: ModelConfig, mesh: Mesh, lower, num, max_tokens: int, uses, epochs=0, whole=()
-    ) -> Work:
-        M, R, T = shape = micro_batches_of(c, mesh, num, max_tokens)
-        ways = num_row_shards(mesh)
+        name: str, kind: str, programs: Programs, lower: Callable, num: int, max_tokens: int, uses: tuple[str, ...],
+        **more: Any,
+    ) -> Work:  # fmt: skip
+        M, R, T = shape = micro_batches_of(c, programs.mesh, num, max_tokens)
+        ways = num_row_shards(programs.mesh)
         targets = T // (d.max_prompt_length + d.max_response_length) * d.max_response_length
         chunks = -(-targets * (R // ways) // chunk_slots(ways, R // ways * T, platform))
-        calls = max(1, epochs * sequences // mini_batch)
         return Work(
-            name, lambda: lower(shape), model, kind, calls, R, T, targets, (M, chunks), mesh, uses, frees, whole=whole
+            name, lambda: lower(shape), programs.config, kind, rows=R, columns=T, targets=targets, loops=(M, chunks),
+            mesh=programs.mesh, uses=uses, frees=frees, **more,
         )  # fmt: skip
 
-    policy, state, frozen = roles.policy, roles.abstract_state(), roles.abstract_frozen
-    base, tokens = ("base",) if roles.has_adapters else (), c.actor.ppo_max_token_len_per_gpu
-    forward, update, values = [], [], []
+    def update(
+        role: str, programs: Programs, frozen: Tree, max_tokens: int, epochs: int, base: tuple[str, ...] = ()
+    ) -> Work:
+        lower, calls = partial(programs.lower_step, state[role], frozen), max(1, epochs * sequences // mini_batch)
+        return work(
+            f"update_{role}", "update", programs, lower, mini_batch, max_tokens, (role, f"{role} optimizer", *base),
+            calls=calls, trains=state[role], whole=(role,),
+        )  # fmt: skip
+
+    policy, frozen, tokens = roles.policy, roles.abstract_frozen, c.actor.ppo_max_token_len_per_gpu
+    base, critic_tokens = ("base",) if roles.has_adapters else (), c.critic.ppo_max_token_len_per_gpu
+    works = []
     if not c.algorithm.rollout_correction.bypass_mode:
         lower = partial(policy.lower_logprobs, merge(state["actor"].trained, frozen))
-        forward.append(
-            work("old_log_prob", "forward", roles.model, roles.mesh, lower, sequences, tokens, ("actor", *base))
-        )
+        works.append(work("old_log_prob", "forward", policy, lower, sequences, tokens, ("actor", *base)))
     if roles.needs_ref:
-        plain = dataclasses.replace(roles.ref_policy.config, lora_rank=0)
         lower = partial(roles.ref_policy.lower_logprobs, frozen if roles.ref_is_base else roles.ref_abstract)
         uses = base if roles.ref_is_base else ("ref",)
-        forward.append(work("ref", "forward", plain, roles.ref_mesh, lower, sequences, tokens, uses))
+        works.append(work("ref", "forward", roles.ref_policy, lower, sequences, tokens, uses))
     if roles.needs_critic:
-        critic, mesh, most = roles.critic, roles.critic_mesh, c.critic.ppo_max_token_len_per_gpu
-        lower = partial(critic.lower_values, state["critic"].trained)
-        values.append(work("values", "forward", critic.config, mesh, lower, sequences, most, ("critic",)))
-        lower = partial(critic.lower_step, state["critic"], {})
-        uses = ("critic", "critic optimizer")
-        counts = mini_batch, most
-        update.append(work(
-            "update_critic", "update", critic.config, mesh, lower, *counts, uses, c.critic_ppo_epochs, ("critic",)
-        ))  # fmt: skip
-    lower = partial(policy.lower_step, state["actor"], frozen)
-    uses = ("actor", "actor optimizer", *base)
-    update.append(work(
-        "update_actor", "update", roles.model, roles.mesh, lower, mini_batch, tokens, uses, c.actor.ppo_epochs, ("actor",)
-    ))  # fmt: skip
-    return [*forward, *values, _preparation(c, roles), *update]
+        lower = partial(roles.critic.lower_values, state["critic"].trained)
+        works.append(work("values", "forward", roles.critic, lower, sequences, critic_tokens, ("critic",)))
+    works.append(_preparation(c, roles))
+    if roles.needs_critic:
+        works.append(update("critic", roles.critic, {}, critic_tokens, c.critic_ppo_epochs))
+    return [*works, update("actor", policy, frozen, tokens, c.actor.ppo_epochs, base)]
 
 
 def _preparation(c: Config, roles: Roles) -> Work:

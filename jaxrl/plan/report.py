@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
+
+import jax
 
 from ..config import Config
 from ..gpu_memory import takes_turns, vllm_share
@@ -20,8 +21,8 @@ from ..parallel import make_mesh
 from ..reward_model import reward_model_of
 from ..topology import Hardware, Topology
 from .costs import cost
-from .hlo import facts
-from .memory import Memory, beside, compiled_or_refused, lying, memory_of, waiting
+from .hlo import Facts, facts
+from .memory import compiled_or_refused, lying, memory_of, memory_of_refused
 from .programs import Run, Work, programs_of, roles_of
 from .sources import described_model
 
@@ -47,9 +48,7 @@ class Program:
     network_bytes: float  # and between nodes
     seconds: dict[str, float]  # that compute, memory, link, network and host would each take alone
     compile_seconds: float
-    refused: str = (
-        ""  # what XLA says, where it does not compile what cannot fit; then numbers are the least, without traffic
-    )
+    refused: str  # what XLA says where it does not compile what cannot fit; then numbers are the least, without traffic
 
     @property
     def bound(self) -> str:
@@ -75,6 +74,7 @@ class Plan:
     source: str  # of the hardware's numbers
     memory: float  # of a device, bytes
     mesh: dict[str, int]
+    meshes: dict[str, dict[str, int]]  # of what is resident, by name: a role and the engine may have their own
     resident: dict[str, int]  # bytes on a device throughout, by name
     resident_host: dict[str, int]
     asleep: tuple[str, ...] = ()  # of `resident`, what is let go while the updates run
@@ -122,11 +122,21 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     run = programs_of(c, roles_of(c, mesh), reward_model_of(c, mesh, described_model))
     device, host = lying(run)
     hardware = topology.hardware
+    meshes = {name: _mesh_shape(tree) for name, tree in run.resident.items()}
     asleep = ("engine",) if c.engine_sleeps else ()
     turns = takes_turns(c) and hardware.platform == "cuda"
     vllm = vllm_share(c, sum(device.values()), hardware.memory) if turns else None
     plan = Plan(
-        topology.name, hardware.name, hardware.source, hardware.memory, dict(mesh.shape), device, host, asleep, vllm
+        topology.name,
+        hardware.name,
+        hardware.source,
+        hardware.memory,
+        dict(mesh.shape),
+        meshes,
+        device,
+        host,
+        asleep,
+        vllm,
     )
     names = [work.name for work in run.work]
     if unknown := set(only or ()) - set(names):
@@ -135,16 +145,21 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     return plan
 
 
+def _mesh_shape(tree: Any) -> dict[str, int]:
+    return dict(jax.tree.leaves(tree)[0].sharding.mesh.shape)
+
+
 def _compile(work: Work, run: Run, topology: Topology) -> Program:
     start = time.perf_counter()
     compiled = compiled_or_refused(work.lower())
     seconds = time.perf_counter() - start
     if isinstance(compiled, str):
-        return _refused(work, run, topology, compiled, seconds)
-    memory, text = memory_of(compiled, work, run), compiled.as_text()
-    assert text is not None, "this backend does not show its programs"
+        refused, memory, found = compiled, memory_of_refused(compiled, work, run), Facts((), 0, "")
+    else:
+        text = compiled.as_text()
+        assert text is not None, "this backend does not show its programs"
+        refused, memory, found = "", memory_of(compiled, work, run), facts(text, run.mesh.size, work.loops)
     mesh_shape = dict((work.mesh or run.mesh).shape)
-    found = facts(text, run.mesh.size, work.loops)
     traffic, between = defaultdict(float), 0.0
     for collective in found.collectives:
         sent = collective.bytes * collective.times * work.calls
@@ -158,21 +173,7 @@ def _compile(work: Work, run: Run, topology: Topology) -> Program:
         name=work.name, calls=work.calls, **memory._asdict(), fetched=work.fetched,
         largest=found.largest, largest_bytes=found.largest_bytes, flops=flops, memory_bytes=memory_bytes,
         traffic=dict(traffic), link_bytes=within, network_bytes=between, compile_seconds=seconds,
-        seconds=_seconds(work, topology.hardware, flops, memory_bytes, within, between, memory.host),
-    )  # fmt: skip
-
-
-def _refused(work: Work, run: Run, topology: Topology, words: str, seconds: float) -> Program:
-    """A program that XLA does not compile because its temporaries alone are more than a device has."""
-    numbers = re.findall(r"(\d+(?:\.\d+)?)([KMGT])", words)
-    needed = max((int(float(number) * 2 ** (10 * " KMGT".index(unit))) for number, unit in numbers), default=0)
-    arguments, (host, _) = sum(lying(run)[0][name] for name in work.uses), waiting(work, run)
-    flops, memory_bytes = (work.calls * x for x in cost(work, dict((work.mesh or run.mesh).shape)))
-    memory = Memory(arguments, 0, needed, host, beside(work, run) + arguments + needed)
-    return Program(
-        name=work.name, calls=work.calls, **memory._asdict(), fetched=work.fetched, largest="", largest_bytes=0,
-        flops=flops, memory_bytes=memory_bytes, traffic={}, link_bytes=0.0, network_bytes=0.0, compile_seconds=seconds,
-        seconds=_seconds(work, topology.hardware, flops, memory_bytes, 0.0, 0.0, host), refused=words,
+        seconds=_seconds(work, topology.hardware, flops, memory_bytes, within, between, memory.host), refused=refused,
     )  # fmt: skip
 
 
@@ -194,10 +195,11 @@ def table(plan: Plan) -> str:
     """The plan as lines of text, in GB of 10^9 bytes."""
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines = [f"{plan.topology}: mesh {mesh}, {plan.memory / 1e9:.1f} GB a device ({plan.hardware})", ""]
-    lines.append("lies there throughout  GB on a device  GB in host memory")
+    lines.append(f"lies there throughout  GB on a device  GB in host memory  {' x '.join(plan.mesh)}")
     for name, size in plan.resident.items():
+        where = " x ".join(map(str, plan.meshes[name].values()))
         shown = f"{name} (asleep in updates)" if name in plan.asleep else name
-        lines.append(f"  {shown:<26} {size / 1e9:>8.2f} {plan.resident_host[name] / 1e9:>18.2f}")
+        lines.append(f"  {shown:<26} {size / 1e9:>8.2f} {plan.resident_host[name] / 1e9:>18.2f}  {where}")
     lines.append(
         f"  {'all':<26} {sum(plan.resident.values()) / 1e9:>8.2f} {sum(plan.resident_host.values()) / 1e9:>18.2f}"
     )

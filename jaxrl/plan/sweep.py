@@ -110,11 +110,13 @@ def _computed(c: Config, remat: str, tokens: int) -> Config:
 
 
 def _offloaded(c: Config, offload: tuple[str, ...]) -> Config:
+    params = tuple(what for what in offload if what == "params")
     return dataclasses.replace(
         c,
         actor=dataclasses.replace(c.actor, offload=offload),
         critic=dataclasses.replace(c.critic, offload=offload),
-        ref=dataclasses.replace(c.ref, offload=tuple(what for what in offload if what == "params")),
+        ref=dataclasses.replace(c.ref, offload=params),
+        reward=dataclasses.replace(c.reward, model=dataclasses.replace(c.reward.model, offload=params)),
     )
 
 
@@ -125,6 +127,8 @@ def _overrides(c: Config, mesh: dict[str, int], offload: tuple[str, ...], remat:
         given += [f"{role}.offload=[{','.join(offload)}]" for role in ("actor", "critic")]
     if "params" in offload and c.needs_ref:
         given.append("ref.offload=[params]")
+    if "params" in offload and c.reward.model.path is not None:
+        given.append("reward.model.offload=[params]")
     return tuple(given)
 
 
