@@ -482,7 +482,7 @@ def test_the_verdict_says_by_how_much_and_what_to_change():
 def test_the_table_says_on_which_mesh_each_role_and_the_engine_lie():
     c = config("2x4x1", critic={"mesh": {"fsdp": 8}}, rollout={"tensor_model_parallel_size": 2})
     lines = table(make_plan(c, described("cpu:8"), only=["prepare"])).splitlines()
-    where = {line[:22].strip(): line.split("  ")[-1] for line in lines if line.startswith("  ")}
+    where = {line[:28].partition("(")[0].strip(): line.split("  ")[-1] for line in lines if line.startswith("  ")}
     assert {name: where[name] for name in ("actor", "ref", "critic", "critic optimizer", "engine")} == {
         "actor": "2 x 4 x 1", "ref": "2 x 4 x 1", "critic": "1 x 8 x 1", "critic optimizer": "1 x 8 x 1",
         "engine": "4 x 1 x 2",
