@@ -404,8 +404,7 @@ class Trainer:
         lengths = prompt_lengths, np.array([len(r.token_ids) for r in e.rollouts])
         metrics |= throughput_metrics(*lengths, seconds=timer.seconds, num_devices=self.mesh.size)
         metrics |= self._mfu_metrics(lengths, timer.seconds)
-        if isinstance(self.engine, JaxEngine):
-            metrics["perf/update_weights_gb"] = self.engine.weights_gb
+        metrics["perf/update_weights_gb"] = self.engine.weights_gb
         metrics |= timer.metrics() | memory_metrics() | _reward_metrics(e.scores) | e.metrics
         if self.turns is not None:
             metrics |= turn_metrics([r.num_turns for r in e.rollouts], self.turns.take_errors())

@@ -34,6 +34,10 @@ class Weights:
     probe_logprobs: list[float] = field(default_factory=lambda: [LOGPROB, LOGPROB])
 
     @property
+    def label(self) -> str:
+        return self.manifest.label
+
+    @property
     def manifest(self) -> Manifest:
         return Manifest("run", self.version, (Tensor("weight", (1,), "F32", self.version),))
 

@@ -81,6 +81,11 @@ class EngineLost(RuntimeError):
 
 
 class Engine(Protocol):
+    @property
+    def weights_gb(self) -> float:
+        """What the last update of the weights brought to the engine, in 2**30 bytes."""
+        ...
+
     def update_weights(self, variables: Any, version: int) -> None:
         """Answer with these weights from now on."""
         ...

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,7 +59,7 @@ class VllmEngine:
         self._link = Link() if link is None else link
         self._publication: Publication | None = None
         self._folders: dict[str, Path] = {}  # in which it lies, by transport
-        self._forgetting: threading.Thread | None = None  # the publication before
+        self._forgetting: threading.Thread | None = None
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
         num = min(PROBE_TOKENS, max_model_len - 1)
         self.probe_ids = np.random.default_rng(0).integers(0, config.vocab_size, num).tolist()
@@ -96,6 +96,11 @@ class VllmEngine:
             servers.append(Server(f"server {i}", key, None, ServerProcess(v.python, spec, key)))
         return servers
 
+    @property
+    def weights_gb(self) -> float:
+        """What the last update of the weights brought to all servers together, in 2**30 bytes."""
+        return 0.0 if self._publication is None else self._publication.num_bytes / 2**30
+
     # The engine's three verbs.
 
     def update_weights(self, variables: Tree, version: int) -> None:
@@ -105,15 +110,15 @@ class VllmEngine:
         """
         info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
         if self.settings.publish == "adapter":
-            make = partial(adapter_export, self.run, version, variables, self.config)
+            export = adapter_export(self.run, version, variables, self.config)
         else:
-            make = partial(model_export, self.run, version, variables, self.config, info["dtype"])
+            export = model_export(self.run, version, variables, self.config, info["dtype"])
         probe_logprobs = self._probe(variables)
         # What is refused is, before the hosts gather.
-        self._link.first("how the weights travel", lambda: self._choose_ways(make().manifest.nbytes))
+        self._link.first("how the weights travel", lambda: self._choose_ways(export.manifest.nbytes))
         if not self._link.is_first:
-            make().finish()  # takes part in the gathering
-        self._link.first(f"version {version} of the weights", lambda: self._publish(make, probe_logprobs))
+            export.finish()  # takes part in the gathering
+        self._link.first(f"version {version} of the weights", lambda: self._publish(export, probe_logprobs))
         self.version = version
 
     def generate(
@@ -155,25 +160,34 @@ class VllmEngine:
             names = {"shm" if has_room else "disk"}
         self._folders = {name: self._parent(name) for name in names}
 
-    def _publish(self, make: Callable[[], Export], probe_logprobs: list[float]) -> None:
+    def _publish(self, export: Export, probe_logprobs: list[float]) -> None:
         before = self._publication
         if self._forgetting is not None:
             self._forgetting.join()
         adapter_of = self.source.base if self.settings.publish == "adapter" else None
         publication = Publication(
-            make, self.probe_ids, probe_logprobs, self._loop, self.config, adapter_of=adapter_of,
-            transports=self._transport, timeout_s=self.settings.load_timeout_s,
+            export.manifest, self.probe_ids, probe_logprobs, self._loop, self.config, adapter_of=adapter_of,
+            transports=self._transport, timeout_s=self.settings.load_timeout_s, before=before,
         )  # fmt: skip
         try:
-            publication.send(self._folders, self._uploads)
-            self._call(self.pool.install(publication))
+            publication.send(export, self._folders, self._uploads)
+            is_same = before is not None and publication.manifest.digest == before.manifest.digest
+            if not is_same:
+                self._call(self.pool.install(publication))
         except BaseException:
             publication.forget()
             raise
+        if before is not None:
+            self._forget(publication if is_same else before)
+            if is_same:
+                publication = before.under(publication.label)
+                self._call(self.pool.install(publication))
         self._publication = publication
-        if before is not None:  # to give so much memory back takes a while, for which nobody waits
-            self._forgetting = threading.Thread(target=before.forget, name="forget")
-            self._forgetting.start()
+
+    def _forget(self, publication: Publication) -> None:
+        """To give so much memory back takes a while, for which nobody waits."""
+        self._forgetting = threading.Thread(target=publication.forget, name="forget")
+        self._forgetting.start()
 
     async def _transports(self) -> dict[Server, str]:
         """How weights get to the servers, as far as that is known of those that start."""

@@ -37,6 +37,7 @@ OVERBOOKED = 2  # sequences that wait at a server for each that it decodes, so t
 class Publication(Protocol):
     """One version of the weights, as the pool brings it to servers."""
 
+    label: str  # what a server stamps on every sample of this version
     manifest: Manifest
     probe_ids: list[int]
     probe_logprobs: list[float]  # of the trainer, for the tokens after the first
@@ -204,7 +205,7 @@ class Pool:
     async def _serves(self, server: Server) -> bool:
         """SERVING from now on, if it has the current weights."""
         async with self._changed:
-            if self.current is not None and server.label != self.current.manifest.label:
+            if self.current is not None and server.label != self.current.label:
                 return False
             server.state = SERVING
             self._changed.notify_all()
@@ -305,8 +306,7 @@ class Pool:
         for error in results:
             if error is not None:
                 raise error
-        label = publication.manifest.label
-        await self._until(lambda: any(s.state == SERVING and s.label == label for s in self.servers))
+        await self._until(lambda: any(s.state == SERVING and s.label == publication.label for s in self.servers))
 
     async def _bring(self, server: Server) -> None:
         gone, publication = server.gone, self.current
@@ -340,7 +340,7 @@ class Pool:
 
     async def _take_back(self, server: Server, refused: Publication) -> None:
         """The weights before, on a server that took those that another one refused."""
-        if server.state != SERVING or server.label != refused.manifest.label:
+        if server.state != SERVING or server.label != refused.label:
             return
         if self.current is None:
             server.label = None  # it answers nothing until there are weights that all take
@@ -368,18 +368,18 @@ class Pool:
                 if answer["digest"] is not None and answer["digest"] == server.live_digest:
                     raise ServerLost(f"version {manifest.version} of the weights left its parameters as they were")
                 server.live_digest = answer["digest"]
-        await client.set_version(manifest.label)
+        await client.set_version(publication.label)
         await client.reset_cache()
         await self._probe(server, publication)
-        server.label, server.content = manifest.label, manifest.digest
+        server.label, server.content = publication.label, manifest.digest
 
     async def _probe(self, server: Server, publication: Publication) -> None:
         """A fixed prompt's logprobs, against the trainer's: the one proof that holds whatever a server keeps where."""
         assert server.client is not None
         manifest = publication.manifest
         logprobs, labels = await server.client.probe(publication.probe_ids, adapter=publication.is_adapter)
-        if labels != {manifest.label}:
-            raise ServerLost(f"it names its weights {sorted(labels)} after loading {manifest.label}")
+        if labels != {publication.label}:
+            raise ServerLost(f"it names its weights {sorted(labels)} after loading {publication.label}")
         gaps = [abs(a - b) for a, b in zip(logprobs, publication.probe_logprobs, strict=True)]
         gap, bound = sum(gaps) / len(gaps), self._tolerance(server)
         if not gap <= bound:
