@@ -394,9 +394,11 @@ class Trainer:
             staleness = self._staleness(step, e)
             self._log(samples, step, "train", e)
             metrics = self.learner.step(step, e.prompts, e.rollouts, e.scores, e.baselines, timer)
-            metrics |= self.ahead.wait(timer.seconds)
+            if not self.engine.answers_while_it_loads:
+                metrics |= self.ahead.wait(timer.seconds)
             with timer("update_weights"):
                 self.engine.update_weights(self.roles.actor_variables(), step)
+            metrics |= self.ahead.wait(timer.seconds)
         if self.val is not None and (is_last or (c.trainer.test_freq > 0 and step % c.trainer.test_freq == 0)):
             with timer("testing"):
                 metrics |= self.validate(step, samples)

@@ -1,5 +1,6 @@
 """What needs no server: the export and its checks, what is said about failures, and shared memory that is not left."""
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -23,8 +24,8 @@ from jaxrl.config import from_dict
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import init_params
 from jaxrl.rollout.engine import Sampling
-from jaxrl.rollout.protocol import Manifest, Refused, check_export, read_layout
-from jaxrl.rollout.vllm_adapter import ServerSpec, command, environment, explain, untried
+from jaxrl.rollout.protocol import PIECE, Manifest, Refused, check_export, read_layout
+from jaxrl.rollout.vllm_adapter import UPLOAD, Gate, ServerSpec, command, environment, explain, untried
 from jaxrl.rollout.vllm_process import ServerProcess
 from jaxrl.rollout.vllm_server import shared_memory, unlink
 from jaxrl.weights.export import hf_tensors
@@ -332,6 +333,47 @@ def test_setup_refuses_a_folder_that_it_did_not_make_and_leaves_it_as_it_is(tmp_
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
     assert f"{tmp_path} holds something that this script did not make" in run.stderr
     assert (tmp_path / "thesis.tex").exists()
+
+
+def put(gate: Gate, name: str, *body: bytes, base: str = "", breaks: bool = False) -> int | None:
+    """The status of an upload that comes in the parts `body`; None where there was no answer."""
+    events = [{"type": "http.request", "body": part, "more_body": True} for part in body]
+    events.append({"type": "http.disconnect"} if breaks else {"type": "http.request"})
+    sent = []
+
+    async def receive():
+        return events.pop(0)
+
+    async def send(event):
+        sent.append(event)
+
+    scope = {"type": "http", "method": "PUT", "path": UPLOAD + name, "query_string": base.encode()}
+    asyncio.run(gate(scope | {"headers": [(b"authorization", b"Bearer key")]}, receive, send))
+    return sent[0]["status"] if sent else None
+
+
+def test_a_server_changes_the_pieces_that_it_is_sent_and_keeps_none_of_what_breaks_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "key")
+    monkeypatch.setenv("JAXRL_SCRATCH", str(tmp_path))
+    gate = Gate(None)
+
+    def files() -> dict[str, bytes]:
+        return {str(p.relative_to(tmp_path / "exports")): p.read_bytes() for p in tmp_path.rglob("*.*")}
+
+    one, two, three = (f"v{i}-run/model.safetensors" for i in (1, 2, 3))
+    pieces = PIECE.pack(1, 2) + b"XY" + PIECE.pack(5, 1) + b"Z"
+    assert put(gate, one, b"abc", b"defg") == 200
+    assert put(gate, two, pieces[:7], pieces[7:25], pieces[25:], base=one) == 200
+    assert files() == {two: b"aXYdeZg"}
+    # Of a version that it has not, and names outside of its folder: it goes on having what it has.
+    assert put(gate, three, pieces, base=one) == 409
+    assert put(gate, "../model.safetensors", b"abc") == put(gate, three, base="../x.json") == 400
+    assert files() == {two: b"aXYdeZg"}
+    # Half a version is neither this one nor that.
+    for body, breaks in ((pieces[:-1], True), (pieces[:-1], False), (pieces[:20], False)):
+        assert put(gate, two, b"abcdefg") == 200
+        assert put(gate, three, body, base=two, breaks=breaks) is None
+        assert files() == {}
 
 
 def serving(python: str, folder: Path, *arguments: str) -> subprocess.Popen:

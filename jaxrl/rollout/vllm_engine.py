@@ -97,6 +97,11 @@ class VllmEngine:
         return servers
 
     @property
+    def answers_while_it_loads(self) -> bool:
+        """With several servers: those that are idle first take the new weights while the others answer to the end."""
+        return max(len(self.settings.urls), self.settings.num_servers) > 1
+
+    @property
     def weights_gb(self) -> float:
         """What the last update of the weights brought to all servers together, in 2**30 bytes."""
         return 0.0 if self._publication is None else self._publication.num_bytes / 2**30

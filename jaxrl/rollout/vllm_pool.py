@@ -2,11 +2,11 @@
 that fails.
 
 A server is STARTING (until it has the current weights), SERVING, DRAINING (it answers what it was asked before new
-weights come, and is asked no more), LOADING them, or DEAD (given up). It is lost when its process ends, a request
-breaks, an answer makes no sense, or it gives no sign of life; it is then started again with the weights of now, and
-what it had not answered is asked anew, so that every prompt is answered once. A server that fails `max_restarts` times
-in a row is dropped (one that is named by its URL is tried again with the next weights); when none is left the run ends,
-with the reason.
+weights come, and is asked no more), LOADING them (while others may still answer), or DEAD (given up). It is lost when
+its process ends, a request breaks, an answer makes no sense, or it gives no sign of life; it is then started again with
+the weights of now, and what it had not answered is asked anew, so that every prompt is answered once. A server that
+fails `max_restarts` times in a row is dropped (one that is named by its URL is tried again with the next weights); when
+none is left the run ends, with the reason.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Pool:
         self.max_num_seqs = max_num_seqs
         self.current: Publication | None = None
         self.restarts = self.loads = 0
+        self._unasked = 0  # jobs that no server has been asked yet
         self._changed = asyncio.Condition()
         self._installing = asyncio.Lock()  # until it is known whether the servers take the weights
         self._tasks: set[asyncio.Task] = set()
@@ -284,8 +285,10 @@ class Pool:
     async def install(self, publication: Publication) -> None:
         """Every server that serves has these weights when this returns; those that start take them by themselves.
 
+        What is under way is answered with the weights before; each server takes the new ones as soon as it is idle.
         Raises Refused where a server does not take them; the weights before go on answering, on all of them.
         """
+        await self._until(lambda: not self._unasked)
         async with self._installing:
             before, self.current = self.current, publication
             for server in self.servers:
@@ -296,10 +299,7 @@ class Pool:
             # What is uploaded is there before a server stops to answer.
             await asyncio.gather(*(self._bring(server) for server in self.servers if server.state == SERVING))
             serving = [server for server in self.servers if server.state == SERVING]
-            one_by_one = any(server.in_flight for server in serving)  # the others go on answering
-            results: list[BaseException | None] = []
-            for part in [[server] for server in serving] if one_by_one else [serving]:
-                results += await asyncio.gather(*(self._replace(server) for server in part), return_exceptions=True)
+            results = await asyncio.gather(*(self._replace(server) for server in serving), return_exceptions=True)
             if any(isinstance(error, Refused) for error in results):
                 self.current = before
                 await asyncio.gather(*(self._take_back(server, publication) for server in serving))
@@ -401,6 +401,7 @@ class Pool:
         """The answers to every job, in order, with the label of the weights that gave them."""
         assert self.current is not None, "generate before the first update_weights"
         waiting = deque(range(len(jobs)))
+        self._unasked += len(jobs)
         results: list[tuple[Job, list[Answer], str] | None] = [None] * len(jobs)
         finished = tokens = 0
 
@@ -408,6 +409,7 @@ class Pool:
             nonlocal finished, tokens
             while waiting:
                 number = waiting.popleft()
+                self._unasked -= 1
                 answers, label = await self._ask(jobs[number], sampling)
                 results[number] = jobs[number], answers, label
                 finished += len(answers)
@@ -423,6 +425,9 @@ class Pool:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+            async with self._changed:
+                self._unasked -= len(waiting)
+                self._changed.notify_all()
         return [result for result in results if result is not None]
 
     @property
