@@ -204,6 +204,12 @@ def test_the_command_line_has_the_users_arguments_last(tmp_path):
     assert "--load-format dummy" in line and "--dtype bfloat16" in line and "--skip-tokenizer-init" in line
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_server_reads_the_weights_that_its_model_has(tmp_path, name):
+    (tmp_path / name).touch()
+    assert "--load-format auto" in " ".join(command("python", ServerSpec(str(tmp_path), "127.0.0.1", 1, "log"), "cpu"))
+
+
 def test_a_server_on_the_trainers_cores_does_not_spin(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     spec = ServerSpec("model", "127.0.0.1", 1, "log")

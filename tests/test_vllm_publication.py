@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import load as load_safetensors
 from vllm_stub import Stub, stub_python
 
@@ -47,8 +49,8 @@ def engine_of(tmp_path):
     """Makes an engine; the stubs' logprobs are far from any model's, so the probe is let off."""
     engines = []
 
-    def make(lora_rank: int = 0, vocab_size: int = 80, **settings) -> VllmEngine:
-        source = open_pretrained(str(MODEL))
+    def make(lora_rank: int = 0, vocab_size: int = 80, model: str = str(MODEL), **settings) -> VllmEngine:
+        source = open_pretrained(model)
         config = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
         config = dataclasses.replace(
             config, vocab_size=vocab_size, lora_rank=lora_rank, lora_targets=("q_proj",) if lora_rank else ()
@@ -315,6 +317,16 @@ def test_a_server_that_has_not_the_version_before_gets_everything(stubs, engine_
     (_, base, few), (_, none, all_of_it) = (stub.received[-1] for stub in stubs)
     assert base and not none and few < 0.1 * all_of_it
     assert stubs[0].uploads == stubs[1].uploads and versions(engine) == {2}
+
+
+def test_a_server_of_adapters_is_started_with_the_files_of_a_model_that_is_named_by_its_id(
+    engine_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(MODEL))
+    engine = engine_of(lora_rank=2, publish="adapter", python=stub_python(tmp_path), model="somebody/llama")
+    assert engine.source.base == "somebody/llama"
+    assert engine.pool.servers[0].process._spec.model == str(MODEL)
 
 
 def test_a_file_can_be_followed_while_it_is_written(tmp_path):

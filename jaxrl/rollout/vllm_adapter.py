@@ -117,7 +117,7 @@ def dtype_of(spec: ServerSpec, device: str) -> str:
 
 
 def command(python: str, spec: ServerSpec, device: str) -> list[str]:
-    has_weights = any(Path(spec.model).glob("*.safetensors"))
+    has_weights = any(path.suffix in (".safetensors", ".bin") for path in Path(spec.model).glob("*"))
     has_tokenizer = any((Path(spec.model) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
     arguments: dict[str, Any] = {
         "host": spec.host,

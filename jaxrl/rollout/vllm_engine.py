@@ -30,7 +30,10 @@ from ..models.config import ModelConfig
 from ..models.decoder import head_bias, head_table, hidden_states
 from ..models.logprobs import target_logprobs
 from ..parallel import fetch, num_row_shards, put_rows, use_mesh
+from ..weights.convert import convert
+from ..weights.locate import resolve
 from ..weights.pretrained import Pretrained
+from ..weights.source import Options
 from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
 from .engine import Report, Sampling, check_prompt
 from .vllm_adapter import ServerSpec
@@ -66,28 +69,22 @@ class VllmEngine:
         if not self._link.is_first:
             return
         self._shared: SharedFolder | None = None
-        if settings.publish == "adapter":
-            model = source.base  # vLLM reads it by itself
-        else:
-            model = str(served_folder(config, source, folder / "model").resolve())
-        servers = self._servers(model, folder, max_num_seqs)
-        self.pool = Pool(servers, settings, max_num_seqs=max_num_seqs)
+        self.pool = Pool(self._servers(max_num_seqs), settings, max_num_seqs=max_num_seqs)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm")
         self._thread.start()
         self._call(self.pool.open())  # they start while the trainer goes on
 
-    def _servers(self, model: str, folder: Path, max_num_seqs: int) -> list[Server]:
+    def _servers(self, max_num_seqs: int) -> list[Server]:
         v = self.settings
         if v.urls:
             key = os.environ.get("VLLM_API_KEY", "")
             return [Server(f"server {url}", key, url, None) for url in v.urls]
-        servers = []
+        servers, key, model = [], secrets.token_urlsafe(24), self._model_to_serve()
         for i in range(v.num_servers):
-            key = secrets.token_urlsafe(24)
             visible = {"CUDA_VISIBLE_DEVICES": v.devices[i]} if v.devices else {}
             spec = ServerSpec(
-                model=model, host="127.0.0.1", port=0, folder=str((folder / f"server_{i}").resolve()),
+                model=model, host="127.0.0.1", port=0, folder=str((self.folder / f"server_{i}").resolve()),
                 dtype=v.dtype, max_model_len=self.max_model_len, max_num_seqs=max_num_seqs,
                 gpu_memory_utilization=v.gpu_memory_utilization, args=dict(v.args), env={**v.env, **visible},
                 lora_rank=self.config.lora_rank if v.publish == "adapter" else 0,
@@ -95,6 +92,17 @@ class VllmEngine:
             assert v.python is not None
             servers.append(Server(f"server {i}", key, None, ServerProcess(v.python, spec, key)))
         return servers
+
+    def _model_to_serve(self) -> str:
+        """The folder that servers are started with: without weights, which come from us, or the base of adapters."""
+        if self.settings.publish == "merged":
+            return str(served_folder(self.config, self.source, self.folder / "model").resolve())
+        base = resolve(self.source.base)
+        if self.config.packed is not None:  # vLLM reads no bitsandbytes
+            packed, base = base, self.folder / "base"
+            if not base.exists():
+                convert(str(packed), base, options=Options(dequantize=True))
+        return str(base.resolve())
 
     @property
     def answers_while_it_loads(self) -> bool:
