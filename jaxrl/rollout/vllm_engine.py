@@ -62,6 +62,7 @@ class VllmEngine:
         self._link = Link() if link is None else link
         self._publication: Publication | None = None
         self._folders: dict[str, Path] = {}  # in which it lies, by transport
+        self._uploads: list[Server] = []  # to whom it is sent
         self._forgetting: threading.Thread | None = None
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
         num = min(PROBE_TOKENS, max_model_len - 1)

@@ -83,6 +83,10 @@ class Server:
     def __str__(self) -> str:
         return f"vLLM {self.name}"
 
+    def has_nothing(self, reason: str) -> None:
+        """Whatever weights it had, nobody knows that it has them still."""
+        self.reason, self.label, self.content, self.live_digest = reason, None, None, None
+
 
 class Pool:
     def __init__(self, servers: list[Server], settings: VllmSection, *, max_num_seqs: int):
@@ -148,7 +152,7 @@ class Pool:
         if gone is not server.gone or gone.is_set() or server.state == DEAD:
             return
         log.warning("%s: %s; it is started again", server, reason)
-        server.reason, server.label, server.content = reason, None, None
+        server.has_nothing(reason)
         gone.set()
         await self._set(server, STARTING)
         self._spawn(self._bring_up(server, failed=True))
@@ -169,7 +173,7 @@ class Pool:
                 return
             except ServerLost as lost:
                 failed = True
-                server.reason, server.label, server.content = str(lost), None, None
+                server.has_nothing(str(lost))
                 log.warning("%s: %s", server, lost)
             except ValueError as error:  # what another start will not mend
                 server.reason = str(error)
@@ -180,10 +184,11 @@ class Pool:
         await self._give_up(server)
 
     async def _give_up(self, server: Server) -> None:
-        if server.process is not None and (why := server.process.explained()) and why not in server.reason:
-            server.reason += f" ({why})"
-        if server.process is not None and str(server.process.log) not in server.reason:
-            server.reason += f"; its log is {server.process.log}"
+        if (process := server.process) is not None:
+            if (why := process.explained()) and why not in server.reason:
+                server.reason += f" ({why})"
+            if str(process.log) not in server.reason:
+                server.reason += f"; its log is {process.log}"
         if any(other is not server and other.state != DEAD for other in self.servers):
             log.warning("%s is given up, the others go on: %s", server, server.reason)
         try:
@@ -214,31 +219,24 @@ class Pool:
 
     async def _start(self, server: Server) -> None:
         """Until it answers for the first time."""
-        await self._end(server)
-        server.live_digest = None
-        if server.process is not None:
-            await asyncio.to_thread(server.process.start)
-        url = server.process.url if server.process is not None else server.url
-        assert url is not None
-        server.client = Client(url, server.key, timeout_s=self.settings.load_timeout_s)
-        deadline = asyncio.get_running_loop().time() + self.settings.start_timeout_s
+        await self._launch(server)
+        process, limit_s = server.process, self.settings.start_timeout_s
+        deadline = asyncio.get_running_loop().time() + limit_s
         while True:
+            assert server.client is not None
             try:
                 server.info = await server.client.info()
                 break
             except ServerLost as lost:
-                ended = server.process.ended() if server.process is not None else None
-                if ended is not None and server.process is not None and server.process.port_was_taken():
-                    await self._end(server)
-                    await asyncio.to_thread(server.process.start)  # another one was quicker: with another port
-                    server.client = Client(server.process.url, server.key, timeout_s=self.settings.load_timeout_s)
+                ended = None if process is None else process.ended()
+                if process is not None and process.port_was_taken():
+                    await self._launch(server)  # another program was quicker: at another port
                 elif ended is not None:
                     raise ServerLost(f"it did not start: {ended}") from None
                 elif asyncio.get_running_loop().time() > deadline:
-                    where = f"its log is {server.process.log}" if server.process is not None else f"it is {url}"
+                    where = f"it is {server.url}" if process is None else f"its log is {process.log}"
                     raise ServerLost(
-                        f"it was waited for {self.settings.start_timeout_s:.0f} s (rollout.vllm.start_timeout_s) to "
-                        f"start, and {lost}; {where}"
+                        f"it was waited for {limit_s:.0f} s (rollout.vllm.start_timeout_s) to start, and {lost}; {where}"
                     ) from None
                 await asyncio.sleep(POLL_S)
         server.has_started = True
@@ -246,6 +244,15 @@ class Pool:
             log.warning("%s: %s", server, warning)
         async with self._changed:
             self._changed.notify_all()
+
+    async def _launch(self, server: Server) -> None:
+        """A client for it, and where it is started here its process."""
+        await self._end(server)
+        if server.process is not None:
+            await asyncio.to_thread(server.process.start)
+        url = server.url if server.process is None else server.process.url
+        assert url is not None
+        server.client = Client(url, server.key, timeout_s=self.settings.load_timeout_s)
 
     async def _watch(self, server: Server) -> None:
         """Notices a process that has ended, and a server that stands still."""
