@@ -193,6 +193,20 @@ def test_an_answer_to_a_load_that_nobody_foresaw_starts_the_server_again(stubs):
     run(work())
 
 
+def test_a_load_that_left_the_live_parameters_as_they_were_is_not_believed(stubs):
+    stubs[0].answers["jaxrl_load"] = lambda message: (200, {"results": [{"loaded": 0, "digest": "of the old ones"}]})
+
+    async def work():
+        async with opened(at(stubs[0].url)) as pool:
+            await pool.install(Weights(1))
+            assert pool.restarts == 0
+            await pool.install(Weights(2))
+            assert pool.restarts == 1
+            assert pool.servers[0].reason == "version 2 of the weights left its parameters as they were"
+
+    run(work())
+
+
 def test_of_what_is_installed_for_the_trainer_a_server_sees_jaxrl_alone(tmp_path):
     server = local(tmp_path, REPORT=str(tmp_path / "path"))
 

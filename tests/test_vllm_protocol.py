@@ -25,7 +25,7 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import init_params
 from jaxrl.rollout.engine import Sampling
 from jaxrl.rollout.protocol import PIECE, Manifest, Refused, check_export, read_layout
-from jaxrl.rollout.vllm_adapter import UPLOAD, Gate, ServerSpec, command, environment, explain, untried
+from jaxrl.rollout.vllm_adapter import UPLOAD, Gate, ServerSpec, _digest, command, environment, explain, untried
 from jaxrl.rollout.vllm_process import ServerProcess
 from jaxrl.rollout.vllm_server import shared_memory, unlink
 from jaxrl.weights.export import hf_tensors
@@ -380,6 +380,19 @@ def test_a_server_changes_the_pieces_that_it_is_sent_and_keeps_none_of_what_brea
         assert put(gate, two, b"abcdefg") == 200
         assert put(gate, three, body, base=two, breaks=breaks) is None
         assert files() == {}
+
+
+def test_a_digest_of_live_parameters_moves_with_each_of_them_and_is_none_where_some_are_not_seen():
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5, dtype=torch.bfloat16), torch.nn.Linear(5, 2))
+    found = [_digest(model)]
+    assert found[0] == _digest(model)
+    for parameter in model.parameters():
+        parameter.data.view(-1)[-1] += 1
+        found.append(_digest(model))
+    assert None not in found and len(set(found)) == 5
+    model[0].weight = torch.nn.Parameter(torch.empty(0))  # as where vLLM keeps a packed copy alone
+    assert _digest(model) is None
 
 
 def serving(python: str, folder: Path, *arguments: str) -> subprocess.Popen:

@@ -436,8 +436,9 @@ def _digest(model: Any) -> str | None:
     total = 0
     for parameter in parameters:
         data = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
-        words = data[: len(data) // 4 * 4].view(torch.int32)
-        total = (31 * total + int(words.sum(dtype=torch.int64))) % 2**64
+        end = len(data) // 4 * 4
+        words, rest = data[:end].view(torch.int32), data[end:]
+        total = (31 * total + int(words.sum(dtype=torch.int64)) + int(rest.sum(dtype=torch.int64))) % 2**64
     return f"{total:016x}"
 
 
