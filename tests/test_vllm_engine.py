@@ -518,27 +518,24 @@ def test_merged_adapters_are_published_without_a_restart(tied, tmp_path, monkeyp
         engine.close()
 
 
-def test_several_turns_are_those_of_the_jax_engine(tied, served_models, tmp_path):
+def test_what_a_function_appends_between_turns_is_conditioned_on_and_not_trained_on(tied, served_models, tmp_path):
     (tmp_path / "tools.py").write_text("def count(turn):\n    return str(turn.number) if turn.number < 3 else None\n")
     tokenizer = AutoTokenizer.from_pretrained(served_models["tied"])
-    prompts = [prompt_of([3 + i, 5, 7], i) for i in range(4)]
+    prompts, params = [prompt_of([3 + i, 5, 7], i) for i in range(4)], changed(tied.params, 60)
     stops = tuple(range(1, 60))  # most words, so that turns are short
-    sampling = Sampling(max_tokens=24, temperature=0.0, stop_ids=stops)
-    params, answers = changed(tied.params, 60), []
-    for engine in (tied.engine, JaxEngine(tied.config)):
-        engine.update_weights({"params": params}, 60)
-        turns = Turns(
-            engine, tokenizer, f"{tmp_path}/tools.py:count", kwargs={}, max_assistant_turns=4, timeout_s=10.0,
-            template_kwargs={},
-        )  # fmt: skip
-        with closing(turns):
-            answers.append(turns.generate(prompts, sampling, seed=0))
-    for a, b in zip(*answers, strict=True):
-        np.testing.assert_array_equal(a.token_ids, b.token_ids)
-        np.testing.assert_array_equal(a.response_mask, b.response_mask)
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-3)
-        assert (a.num_turns, a.finished, a.weights_version) == (b.num_turns, b.finished, b.weights_version)
-    assert max(a.num_turns for a in answers[0]) == 3
+    tied.engine.update_weights({"params": params}, 60)
+    turns = Turns(
+        tied.engine, tokenizer, f"{tmp_path}/tools.py:count", kwargs={}, max_assistant_turns=4, timeout_s=10.0,
+        template_kwargs={},
+    )  # fmt: skip
+    with closing(turns):
+        rollouts = turns.generate(prompts, Sampling(max_tokens=24, n=4, stop_ids=stops), seed=0)
+    expected = logprobs_by_transformers(tied, params, tmp_path / "hf", rollouts, prompts)
+    for r, logprobs in zip(rollouts, expected, strict=True):
+        np.testing.assert_allclose(r.logprobs, np.where(r.response_mask, logprobs, 0.0), atol=1e-3)
+        assert tokenizer.decode(r.token_ids[~r.response_mask]).replace(" ", "") == "12"[: r.num_turns - 1]
+        assert r.weights_version == 60
+    assert max(r.num_turns for r in rollouts) == 3
 
 
 def test_the_doctor_finds_engine_and_trainer_agree(url, served_models, tmp_path, monkeypatch, capsys):
