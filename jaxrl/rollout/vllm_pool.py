@@ -83,7 +83,7 @@ class Server:
     def __str__(self) -> str:
         return f"vLLM {self.name}"
 
-    def has_nothing(self, reason: str) -> None:
+    def forget(self, reason: str) -> None:
         """Whatever weights it had, nobody knows that it has them still."""
         self.reason, self.label, self.content, self.live_digest = reason, None, None, None
 
@@ -152,7 +152,7 @@ class Pool:
         if gone is not server.gone or gone.is_set() or server.state == DEAD:
             return
         log.warning("%s: %s; it is started again", server, reason)
-        server.has_nothing(reason)
+        server.forget(reason)
         gone.set()
         await self._set(server, STARTING)
         self._spawn(self._bring_up(server, failed=True))
@@ -173,7 +173,7 @@ class Pool:
                 return
             except ServerLost as lost:
                 failed = True
-                server.has_nothing(str(lost))
+                server.forget(str(lost))
                 log.warning("%s: %s", server, lost)
             except ValueError as error:  # what another start will not mend
                 server.reason = str(error)
