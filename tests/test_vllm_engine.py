@@ -1,16 +1,23 @@
 """The engine on real vLLM servers, on the CPU: always the weights that were published, and what is asked of it.
 
-One server holds a model with a tied head and is started by the engine; one an untied model, started by
-scripts/serve_vllm.py as for another host, whose weights come over HTTP.
+Two servers hold a model with a tied head and are started by the engine; one holds an untied model, is started by
+scripts/serve_vllm.py as for another host, and gets its weights over HTTP.
 """
 
+import asyncio
 import dataclasses
 import json
 import os
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,22 +26,29 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from letters import metrics_of
+from letters import settings as settings_of
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxrl.batch import Prompt, Rollout
 from jaxrl.config import Model, VllmSection, from_dict
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import head_table, hidden_states, init_params
 from jaxrl.parallel import make_mesh
-from jaxrl.roles import abstract_variables, load_base, model_config
-from jaxrl.rollout.engine import Sampling
+from jaxrl.roles import abstract_variables, actor_config, load_base, model_config
+from jaxrl.rollout.engine import Engine, Sampling
 from jaxrl.rollout.jax_engine import JaxEngine
 from jaxrl.rollout.protocol import Refused
 from jaxrl.rollout.sampling import keep_top_k, keep_top_p
+from jaxrl.rollout.turns import Turns
 from jaxrl.rollout.vllm_client import ServerLost
 from jaxrl.rollout.vllm_engine import VllmEngine
+from jaxrl.rollout.vllm_pool import SERVING, Server
 from jaxrl.trainer import Trainer
 from jaxrl.weights.export import export_hf
+from jaxrl.weights.load import load_params
+from jaxrl.weights.packed import load_packed
 from jaxrl.weights.pretrained import Pretrained, open_pretrained
 from jaxrl.weights.sync import FileSink, model_export
 
@@ -85,9 +99,11 @@ def url(vllm_python, served_models, tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def tied(vllm_python, served_models, tmp_path_factory) -> Iterator[Served]:
-    served = opened(open_pretrained(served_models["tied"]), tmp_path_factory.mktemp("tied"), python=vllm_python)
-    yield served
-    served.engine.close()
+    source, folder = open_pretrained(served_models["tied"]), tmp_path_factory.mktemp("tied")
+    served = opened(source, folder, python=vllm_python, num_servers=2)
+    with closing(served.engine):
+        both_serve(served)
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +118,20 @@ def untied(url, served_models, tmp_path_factory) -> Iterator[Served]:
 @pytest.fixture(params=["tied", "untied"])
 def served(request) -> Served:
     return request.getfixturevalue(request.param)
+
+
+def both_serve(served: Served) -> list[Server]:
+    pool = served.engine.pool
+    ready = pool._until(lambda: all(server.state == SERVING for server in pool.servers))
+    served.engine._call(asyncio.wait_for(ready, 120.0))
+    return pool.servers
+
+
+def urls_of(served: Served, monkeypatch) -> tuple[str, ...]:
+    """For another engine on its servers."""
+    servers = both_serve(served)
+    monkeypatch.setenv("VLLM_API_KEY", servers[0].key)
+    return tuple(server.process.url for server in servers if server.process is not None)
 
 
 def prompt_of(ids: list[int], index: int = 0) -> Prompt:
@@ -297,6 +327,25 @@ def test_unchanged_weights_do_not_travel(tied):
     assert {r.weights_version for r in engine.generate([prompt_of([3, 5])], Sampling(max_tokens=2), seed=0)} == {51}
 
 
+def test_only_what_changed_is_uploaded_and_the_server_answers_with_all_of_it(untied, tmp_path):
+    prompts, sampling = [prompt_of([3, 5, 7])], Sampling(max_tokens=8, n=2)
+    first = changed(untied.params, 52)
+    untied.engine.update_weights({"params": first}, 52)
+    whole, loads = untied.engine.weights_gb, untied.engine.pool.loads
+    for version in (53, 100):  # a longer number does not move what follows it
+        params = {**first, "norm": {"scale": first["norm"]["scale"] * version / 50}}
+        untied.engine.update_weights({"params": params}, version)
+        assert 0 < untied.engine.weights_gb < 0.2 * whole
+        rollouts = untied.engine.generate(prompts, sampling, seed=0)
+        assert {r.weights_version for r in rollouts} == {version}
+        expected = logprobs_by_transformers(untied, params, tmp_path / "hf", rollouts, prompts)
+        for r, logprobs in zip(rollouts, expected, strict=True):
+            np.testing.assert_allclose(r.logprobs, logprobs, atol=1e-3)
+    untied.engine.update_weights({"params": params}, 102)
+    assert untied.engine.weights_gb == 0 and untied.engine.pool.loads == loads + 2
+    assert {r.weights_version for r in untied.engine.generate(prompts, sampling, seed=0)} == {102}
+
+
 def test_a_wrong_key_is_said(url, served_models, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "wrong")
     served = opened(open_pretrained(served_models["untied"]), tmp_path, urls=(url,))
@@ -378,55 +427,131 @@ def test_prompts_that_fill_more_than_one_step_of_the_server_are_read_whole(vllm_
         served.engine.close()
 
 
-def test_adapters_alone_go_to_a_server_that_holds_the_base(vllm_python, served_models, tmp_path):
-    source, mesh = open_pretrained(served_models["tied"]), make_mesh(1, 1, 1)
-    plain = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
-    config = dataclasses.replace(plain, lora_rank=4, lora_alpha=8.0, lora_targets=("q_proj", "o_proj", "down_proj"))
-    params = load_base(source, plain, abstract_variables(mesh, plain, "lm"))
+def in_four_bits(model: Path, folder: Path) -> Path:
+    """The model as bitsandbytes writes it in NF4: a code of four bits for each number, and a scale for each 64 of them."""
+    like = load_file(ROOT / "tests" / "data" / "bnb_nf4" / "llama-nf4-single" / "model.safetensors")
+    table = like["model.layers.0.mlp.up_proj.weight.quant_map"]
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        shape, blocks = tensors[name].shape, tensors[name].reshape(-1, 64)
+        scales = np.abs(blocks).max(axis=1)
+        codes = np.abs(blocks[..., None] / scales[:, None, None] - table).argmin(axis=-1).reshape(-1, 2)
+        state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": shape})
+        tensors |= {
+            name: (codes[:, :1] * 16 + codes[:, 1:]).astype(np.uint8), f"{name}.absmax": scales,
+            f"{name}.quant_map": table,
+            f"{name}.quant_state.bitsandbytes__nf4": np.frombuffer(state.encode(), np.uint8),
+        }  # fmt: skip
+    shutil.copytree(model, folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((model / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def base_of_adapters(source: Pretrained) -> tuple[ModelConfig, dict]:
+    """The model with room for adapters, and what stays as it is: in 4 bits where the source is."""
+    targets = ("q_proj", "o_proj", "down_proj")
+    config = actor_config(
+        Model(path="", compute_dtype="float32", lora_rank=4, lora_alpha=8.0, lora_targets=targets), source
+    )
+    wanted = abstract_variables(make_mesh(1, 1, 1), config, "lm")
+    base = {"params": load_params(source.checkpoint, config, wanted["params"])}
+    if config.packed is not None:
+        base["packed"] = load_packed(source.checkpoint, config, wanted["packed"])
+    return config, base
+
+
+def answers_to_three_adapters(engine: Engine, base: dict, lora: dict) -> list[Rollout]:
+    prompts = [prompt_of([3 + (7 * i + j) % 70 for j in range(150)], i) for i in range(4)]
+    answers = []
+    for version in range(3):
+        key = jax.random.key(version)
+        moved = jax.tree.map(lambda x, v=version, key=key: x + 0.05 * v * jax.random.normal(key, x.shape), lora)
+        engine.update_weights(base | {"lora": moved}, version)
+        answers += engine.generate(prompts, Sampling(max_tokens=16, temperature=0.0), seed=0)
+    return answers
+
+
+def test_adapters_alone_go_to_a_server_that_holds_the_base(vllm_python, served_models, tmp_path, monkeypatch):
+    """It holds numbers, whether the trainer does too or, for QLoRA, has them in 4 bits."""
+    source = open_pretrained(in_four_bits(served_models["tied"], tmp_path / "nf4"))
+    config, base = base_of_adapters(source)
+    assert config.packed is not None and len(config.packed.modules) == 7
     lora = init_params(config, "lm", jax.random.key(0))["lora"]
-    settings = VllmSection(python=vllm_python, env=ENV, publish="adapter")
-    engine = VllmEngine(config, mesh, settings, source=source, folder=tmp_path, max_model_len=256, max_num_seqs=16)
-    ours, sampling = JaxEngine(config), Sampling(max_tokens=16, n=2, top_k=1)
-    prompts = [prompt_of([3 + (7 * i + j) % 70 for j in range(150)], i) for i in range(2)]
-    try:
-        texts = set()
-        for version in range(3):
-            moved = jax.tree.map(
-                lambda x, v=version: x + 0.05 * v * jax.random.normal(jax.random.key(v), x.shape), lora
-            )
-            for each in (engine, ours):
-                each.update_weights({"params": params, "lora": moved}, version)
-            pairs = zip(
-                engine.generate(prompts, sampling, seed=0), ours.generate(prompts, sampling, seed=0), strict=True
-            )
-            for a, b in pairs:
-                np.testing.assert_array_equal(a.token_ids, b.token_ids)
-                assert a.weights_version == version
-            texts.add(tuple(a.token_ids))
-        assert len(texts) == 3
-    finally:
-        engine.close()
+    expected = answers_to_three_adapters(JaxEngine(config), base, lora)
+    assert len({tuple(r.token_ids) for r in expected[::4]}) == 3  # of the first prompt: the adapters do differ
+
+    def assert_are_followed(stack: ExitStack, source: Pretrained, folder: Path, **settings) -> Server:
+        config, base = base_of_adapters(source)
+        section = VllmSection(env=ENV, publish="adapter", **settings)
+        engine = VllmEngine(
+            config, make_mesh(1, 1, 1), section, source=source, folder=folder, max_model_len=256, max_num_seqs=16
+        )
+        stack.enter_context(closing(engine))
+        for a, b in zip(answers_to_three_adapters(engine, base, lora), expected, strict=True):
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-3)
+            assert a.weights_version == b.weights_version
+        return engine.pool.servers[0]
+
+    with ExitStack() as stack:
+        server = assert_are_followed(stack, source, tmp_path / "qlora", python=vllm_python)
+        monkeypatch.setenv("VLLM_API_KEY", server.key)
+        unpacked = open_pretrained(tmp_path / "qlora" / "base")
+        assert_are_followed(stack, unpacked, tmp_path / "lora", urls=(server.process.url,))
 
 
-def test_merged_adapters_are_published_without_a_restart(vllm_python, served_models, tmp_path):
+def test_merged_adapters_are_published_without_a_restart(tied, tmp_path, monkeypatch):
     # They change nothing but packed weights, which no look at live parameters sees on a CPU.
-    source, mesh = open_pretrained(served_models["tied"]), make_mesh(1, 1, 1)
-    plain = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
-    config = dataclasses.replace(plain, lora_rank=4, lora_alpha=8.0, lora_targets=("q_proj", "down_proj"))
-    params = load_base(source, plain, abstract_variables(mesh, plain, "lm"))
+    config = dataclasses.replace(tied.config, lora_rank=4, lora_alpha=8.0, lora_targets=("q_proj", "down_proj"))
     lora = init_params(config, "lm", jax.random.key(0))["lora"]
-    settings = VllmSection(python=vllm_python, env=ENV)
-    engine = VllmEngine(config, mesh, settings, source=source, folder=tmp_path, max_model_len=256, max_num_seqs=16)
+    settings = VllmSection(urls=urls_of(tied, monkeypatch)[:1])
+    engine = VllmEngine(
+        config, make_mesh(1, 1, 1), settings, source=tied.source, folder=tmp_path, max_model_len=256, max_num_seqs=16
+    )
     try:
         for version in range(3):
-            engine.update_weights(
-                {"params": params, "lora": jax.tree.map(lambda x, v=version: x + 0.1 * v, lora)}, version
-            )
+            moved = jax.tree.map(lambda x, v=version: x + 0.1 * v, lora)
+            engine.update_weights({"params": tied.params, "lora": moved}, version)
             rollouts = engine.generate([prompt_of([3, 5, 7])], Sampling(max_tokens=8, n=2), seed=0)
             assert {r.weights_version for r in rollouts} == {version}
         assert (engine.pool.restarts, engine.pool.loads) == (0, 3)
     finally:
         engine.close()
+
+
+def test_what_a_function_appends_between_turns_is_conditioned_on_and_not_trained_on(tied, served_models, tmp_path):
+    (tmp_path / "tools.py").write_text("def count(turn):\n    return str(turn.number) if turn.number < 3 else None\n")
+    tokenizer = AutoTokenizer.from_pretrained(served_models["tied"])
+    prompts, params = [prompt_of([3 + i, 5, 7], i) for i in range(4)], changed(tied.params, 60)
+    stops = tuple(range(1, 60))  # most words, so that turns are short
+    tied.engine.update_weights({"params": params}, 60)
+    turns = Turns(
+        tied.engine, tokenizer, f"{tmp_path}/tools.py:count", kwargs={}, max_assistant_turns=4, timeout_s=10.0,
+        template_kwargs={},
+    )  # fmt: skip
+    with closing(turns):
+        rollouts = turns.generate(prompts, Sampling(max_tokens=24, n=4, stop_ids=stops), seed=0)
+    expected = logprobs_by_transformers(tied, params, tmp_path / "hf", rollouts, prompts)
+    for r, logprobs in zip(rollouts, expected, strict=True):
+        np.testing.assert_allclose(r.logprobs, np.where(r.response_mask, logprobs, 0.0), atol=1e-3)
+        assert tokenizer.decode(r.token_ids[~r.response_mask]).replace(" ", "") == "12"[: r.num_turns - 1]
+        assert r.weights_version == 60
+    assert max(r.num_turns for r in rollouts) == 3
+
+
+def test_the_doctor_finds_engine_and_trainer_agree(url, served_models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    rollout = {"engine": "vllm", "max_num_seqs": 16, "vllm": {"urls": [url], "transport": "http"}}
+    tree = settings_of(tmp_path / "run", model={"path": str(served_models["untied"])}, rollout=rollout)
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    monkeypatch.setattr(sys, "argv", ["doctor.py", "--config", str(tmp_path / "config.json")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / "doctor.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and said.count("The engine and the trainer agree.") == 2, said
 
 
 REWARD = """
@@ -469,3 +594,65 @@ def test_a_run_on_the_sidecar_is_the_run_on_the_jax_engine_where_nothing_is_left
         for name in names:
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-4), (ours["step"], name)
     assert logs["vllm"][1]["actor/grad_norm"] > 0
+
+
+def test_a_run_one_step_off_publishes_while_its_servers_may_still_answer(tied, served_models, tmp_path, monkeypatch):
+    tree = settings_of(
+        tmp_path / "run", model={"path": str(served_models["tied"])},
+        algorithm={"rollout_correction": {"rollout_is": "token"}},
+        rollout={"engine": "vllm", "max_num_seqs": 16, "vllm": {"urls": list(urls_of(tied, monkeypatch))}},
+        trainer={"trainer_mode": "one_step_off", "total_training_steps": 3},
+    )  # fmt: skip
+    trainer, came_before_wait = Trainer(from_dict(tree)), []
+    publish = trainer.engine.update_weights
+
+    def update_weights(variables, version):
+        came_before_wait.append(trainer.ahead._pending is not None)
+        publish(variables, version)
+
+    monkeypatch.setattr(trainer.engine, "update_weights", update_weights)
+    trainer.fit()
+    rows = metrics_of(tmp_path / "run")
+    assert came_before_wait == [False, True, True, False]
+    assert [row["training/staleness"] for row in rows] == [0, 1, 1]
+    assert rows[0]["training/rollout_probs_diff_max"] < 1e-4 < rows[1]["training/rollout_probs_diff_max"]
+    assert all(row["perf/overlap_s"] > 0 for row in rows[:-1])
+    assert all(row["perf/update_weights_gb"] > 0 for row in rows)
+
+
+def test_two_servers_share_the_work_take_the_weights_of_now_and_stand_in_for_each_other(tied, tmp_path):
+    engine, servers = tied.engine, both_serve(tied)
+    prompts, sampling = [prompt_of([3 + i, 5, 7], i) for i in range(24)], Sampling(max_tokens=60, n=4)
+    versions = {version: changed(tied.params, version) for version in (70, 71)}
+    busy, begun = set(), threading.Event()
+
+    def report(*_) -> None:
+        busy.update(server.name for server in servers if server.in_flight)
+        begun.set()
+
+    def assert_are_of(version: int, rollouts: list[Rollout]) -> None:
+        assert [r.group for r in rollouts] == [p for p in range(24) for _ in range(4)]
+        assert {r.weights_version for r in rollouts} == {version}
+        expected = logprobs_by_transformers(tied, versions[version], tmp_path / "hf", rollouts, prompts)
+        for r, logprobs in zip(rollouts, expected, strict=True):
+            np.testing.assert_allclose(r.logprobs, logprobs, atol=1e-3)
+
+    engine.update_weights({"params": versions[70]}, 70)
+    with ThreadPoolExecutor(1) as beside:
+        drawing = beside.submit(engine.generate, prompts, sampling, seed=0, report=report)
+        assert begun.wait(60.0)
+        engine.update_weights({"params": versions[71]}, 71)  # what is under way is answered with the weights before
+        assert_are_of(70, drawing.result())
+        assert busy == {"server 0", "server 1"}
+        for server in servers:
+            engine._call(engine.pool._probe(server, engine._publication))
+        begun.clear()
+        drawing = beside.submit(engine.generate, prompts, sampling, seed=0, report=report)
+        assert begun.wait(60.0)
+        os.killpg(servers[0].process.pid, signal.SIGKILL)
+        rollouts = drawing.result()
+    assert_are_of(71, rollouts)
+    assert engine.pool.restarts == 1 and servers[1].state == SERVING
+    # Each sample has a seed of its own: one that had come twice, or in another's place, would be another now.
+    again = engine.generate(prompts, sampling, seed=0)
+    assert [tuple(r.token_ids) for r in again] == [tuple(r.token_ids) for r in rollouts]

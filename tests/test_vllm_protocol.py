@@ -1,5 +1,6 @@
 """What needs no server: the export and its checks, what is said about failures, and shared memory that is not left."""
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -23,8 +24,8 @@ from jaxrl.config import from_dict
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import init_params
 from jaxrl.rollout.engine import Sampling
-from jaxrl.rollout.protocol import Manifest, Refused, check_export, read_layout
-from jaxrl.rollout.vllm_adapter import ServerSpec, command, environment, explain, untried
+from jaxrl.rollout.protocol import PIECE, Manifest, Refused, check_export, read_layout
+from jaxrl.rollout.vllm_adapter import UPLOAD, Gate, ServerSpec, _digest, command, environment, explain, untried
 from jaxrl.rollout.vllm_process import ServerProcess
 from jaxrl.rollout.vllm_server import shared_memory, unlink
 from jaxrl.weights.export import hf_tensors
@@ -203,6 +204,12 @@ def test_the_command_line_has_the_users_arguments_last(tmp_path):
     assert "--load-format dummy" in line and "--dtype bfloat16" in line and "--skip-tokenizer-init" in line
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_server_reads_the_weights_that_its_model_has(tmp_path, name):
+    (tmp_path / name).touch()
+    assert "--load-format auto" in " ".join(command("python", ServerSpec(str(tmp_path), "127.0.0.1", 1, "log"), "cpu"))
+
+
 def test_a_server_on_the_trainers_cores_does_not_spin(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     spec = ServerSpec("model", "127.0.0.1", 1, "log")
@@ -332,6 +339,60 @@ def test_setup_refuses_a_folder_that_it_did_not_make_and_leaves_it_as_it_is(tmp_
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
     assert f"{tmp_path} holds something that this script did not make" in run.stderr
     assert (tmp_path / "thesis.tex").exists()
+
+
+def put(gate: Gate, name: str, *body: bytes, base: str = "", breaks: bool = False) -> int | None:
+    """The status of an upload that comes in the parts `body`; None where there was no answer."""
+    events = [{"type": "http.request", "body": part, "more_body": True} for part in body]
+    events.append({"type": "http.disconnect"} if breaks else {"type": "http.request"})
+    sent = []
+
+    async def receive():
+        return events.pop(0)
+
+    async def send(event):
+        sent.append(event)
+
+    scope = {"type": "http", "method": "PUT", "path": UPLOAD + name, "query_string": base.encode()}
+    asyncio.run(gate(scope | {"headers": [(b"authorization", b"Bearer key")]}, receive, send))
+    return sent[0]["status"] if sent else None
+
+
+def test_a_server_changes_the_pieces_that_it_is_sent_and_keeps_none_of_what_breaks_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "key")
+    monkeypatch.setenv("JAXRL_SCRATCH", str(tmp_path))
+    gate = Gate(None)
+
+    def files() -> dict[str, bytes]:
+        return {str(p.relative_to(tmp_path / "exports")): p.read_bytes() for p in tmp_path.rglob("*.*")}
+
+    one, two, three = (f"v{i}-run/model.safetensors" for i in (1, 2, 3))
+    pieces = PIECE.pack(1, 2) + b"XY" + PIECE.pack(5, 1) + b"Z"
+    assert put(gate, one, b"abc", b"defg") == 200
+    assert put(gate, two, pieces[:7], pieces[7:25], pieces[25:], base=one) == 200
+    assert files() == {two: b"aXYdeZg"}
+    # Of a version that it has not, and names outside of its folder: it goes on having what it has.
+    assert put(gate, three, pieces, base=one) == 409
+    assert put(gate, "../model.safetensors", b"abc") == put(gate, three, base="../x.json") == 400
+    assert files() == {two: b"aXYdeZg"}
+    # Half a version is neither this one nor that.
+    for body, breaks in ((pieces[:-1], True), (pieces[:-1], False), (pieces[:20], False)):
+        assert put(gate, two, b"abcdefg") == 200
+        assert put(gate, three, body, base=two, breaks=breaks) is None
+        assert files() == {}
+
+
+def test_a_digest_of_live_parameters_moves_with_each_of_them_and_is_none_where_some_are_not_seen():
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5, dtype=torch.bfloat16), torch.nn.Linear(5, 2))
+    found = [_digest(model)]
+    assert found[0] == _digest(model)
+    for parameter in model.parameters():
+        parameter.data.view(-1)[-1] += 1
+        found.append(_digest(model))
+    assert None not in found and len(set(found)) == 5
+    model[0].weight = torch.nn.Parameter(torch.empty(0))  # as where vLLM keeps a packed copy alone
+    assert _digest(model) is None
 
 
 def serving(python: str, folder: Path, *arguments: str) -> subprocess.Popen:

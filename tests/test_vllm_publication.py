@@ -6,14 +6,15 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import load as load_safetensors
 from vllm_stub import Stub, stub_python
 
@@ -23,8 +24,8 @@ from jaxrl.models.decoder import init_params
 from jaxrl.parallel import make_mesh
 from jaxrl.roles import model_config
 from jaxrl.rollout.engine import Sampling
-from jaxrl.rollout.protocol import Refused
-from jaxrl.rollout.vllm_adapter import SEES, UPLOAD
+from jaxrl.rollout.protocol import Refused, check_export
+from jaxrl.rollout.vllm_adapter import GENERATE, SEES, UPLOAD
 from jaxrl.rollout.vllm_engine import VllmEngine
 from jaxrl.rollout.vllm_pool import DEAD, SERVING, Server
 from jaxrl.rollout.vllm_publication import Publication
@@ -48,8 +49,8 @@ def engine_of(tmp_path):
     """Makes an engine; the stubs' logprobs are far from any model's, so the probe is let off."""
     engines = []
 
-    def make(lora_rank: int = 0, vocab_size: int = 80, **settings) -> VllmEngine:
-        source = open_pretrained(str(MODEL))
+    def make(lora_rank: int = 0, vocab_size: int = 80, model: str = str(MODEL), **settings) -> VllmEngine:
+        source = open_pretrained(model)
         config = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
         config = dataclasses.replace(
             config, vocab_size=vocab_size, lora_rank=lora_rank, lora_targets=("q_proj",) if lora_rank else ()
@@ -93,8 +94,9 @@ def lose(engine: VllmEngine, i: int) -> None:
     engine._call(engine.pool.lost(server, server.gone, "for the test"))
 
 
-def assert_has(stub: Stub, path: str, variables: dict) -> None:
-    found = load_safetensors(stub.uploads[path])
+def assert_has(stub: Stub, variables: dict) -> None:
+    (data,) = stub.uploads.values()
+    found = load_safetensors(data)
     np.testing.assert_array_equal(found["model.embed_tokens.weight"], variables["params"]["embed_tokens"]["embedding"])
 
 
@@ -114,7 +116,7 @@ def test_a_server_that_is_started_again_gets_the_weights_that_training_has_gone_
     stubs[1].uploads.clear()
     lose(engine, 1)
     until(engine, lambda: all_serve(engine))
-    assert_has(stubs[1], UPLOAD + "v1/model.safetensors", kept)
+    assert_has(stubs[1], kept)
     assert versions(engine) == {1}
     assert bool(list(engine.folder.glob("published/v1-*/model.safetensors"))) == (room == "on disk")
     engine.close()
@@ -199,7 +201,7 @@ def test_uploads_to_more_servers_than_asyncio_has_threads_do_not_wait_for_each_o
         assert not publishing.is_alive()
         until(engine, lambda: all_serve(engine))
         for stub in many:
-            assert_has(stub, UPLOAD + "v1/model.safetensors", variables)
+            assert_has(stub, variables)
     finally:
         engine.close()
         for stub in many:
@@ -209,7 +211,7 @@ def test_uploads_to_more_servers_than_asyncio_has_threads_do_not_wait_for_each_o
 def test_whoever_waits_for_an_upload_hears_when_another_version_has_followed(engine_of, tmp_path):
     """A server that has started again would wait for ever, and nobody would bring it the version of now."""
     engine = engine_of(urls=("http://127.0.0.1:9",))
-    make = partial(model_export, "run", 3, weights(engine, 3), engine.config, "float32")
+    export = model_export("run", 3, weights(engine, 3), engine.config, "float32")
 
     async def http(server: Server) -> str:
         return "http"
@@ -218,9 +220,10 @@ def test_whoever_waits_for_an_upload_hears_when_another_version_has_followed(eng
         server = Server("server", "key", "http://127.0.0.1:9", None)
         server.client = cast(Any, SimpleNamespace(upload=lambda *args, **kwargs: asyncio.sleep(60)))
         publication = Publication(
-            make, [1], [], asyncio.get_running_loop(), engine.config, adapter_of=None, transports=http, timeout_s=5.0
-        )
-        await asyncio.to_thread(publication.send, {"disk": tmp_path / "published"}, [])
+            export.manifest, [1], [], asyncio.get_running_loop(), engine.config, adapter_of=None, transports=http,
+            timeout_s=5.0,
+        )  # fmt: skip
+        await asyncio.to_thread(publication.send, export, {"disk": tmp_path / "published"}, [])
         waiting = asyncio.ensure_future(publication.place(server))
         await asyncio.sleep(0.1)
         await asyncio.to_thread(publication.forget)
@@ -245,14 +248,92 @@ def test_an_adapter_over_http_comes_with_its_config(stubs, engine_of):
     ready(engine)
     stubs[0].answers["/v1/load_lora_adapter"] = lambda _: (200, {})
     engine.update_weights(weights(engine, 1), 1)
-    assert set(stubs[0].uploads) == {UPLOAD + "v1/adapter_config.json", UPLOAD + "v1/adapter_model.safetensors"}
+    assert {name.partition("/")[2] for name in stubs[0].uploads} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def changed(variables: dict, version: int) -> dict:
+    """With another norm."""
+    scale = variables["params"]["norm"]["scale"] + version
+    return {"params": {**variables["params"], "norm": {"scale": scale}}}
+
+
+def test_only_what_changed_is_uploaded_and_what_is_there_then_is_the_whole_version(stubs, engine_of):
+    engine = engine_of(urls=tuple(stub.url for stub in stubs), transport="http")
+    ready(engine)
+    first = weights(engine, 1)
+    engine.update_weights(first, 1)
+    until(engine, lambda: all_serve(engine))
+    whole = 2 * len(next(iter(stubs[0].uploads.values())))
+    assert engine.weights_gb == whole / 2**30
+    for version in (2, 9, 10, 100):  # a longer number must not move what follows it
+        variables = changed(first, version)
+        engine.update_weights(variables, version)
+        for stub in stubs:
+            _, base, size = stub.received[-1]
+            assert base and size < 0.1 * whole
+            ((name, data),) = stub.uploads.items()
+            check_export(Path(engine._publication._file.path), engine._publication.manifest, None)
+            assert data == engine._publication._file.path.read_bytes() and stub.loaded[-1] == name
+        assert engine.weights_gb == sum(stub.received[-1][2] for stub in stubs) / 2**30
+        assert versions(engine) == {version}
+
+
+def test_unchanged_weights_move_on_in_number_alone_and_are_probed(stubs, engine_of):
+    probes = []
+
+    def generate(message):
+        probes.append("prompt_logprobs" in message["sampling_params"])
+        return stubs[0].usual(GENERATE, message)
+
+    stubs[0].answers[GENERATE] = generate
+    engine = engine_of(urls=(stubs[0].url,), transport="http")
+    ready(engine)
+    variables = weights(engine, 1)
+    for version in (1, 2, 3):
+        engine.update_weights(variables, version)
+        assert versions(engine) == {version}
+    assert len(stubs[0].received) == len(stubs[0].loaded) == 1 and sum(probes) == 3
+    assert engine.weights_gb == 0.0
+    # Of the same weights, whatever their number, there is one file, and a server that starts again gets it.
+    engine._forgetting.join()
+    assert len(list(engine._publication._file.path.parents[1].iterdir())) == 1
+    stubs[0].uploads.clear()
+    lose(engine, 0)
+    until(engine, lambda: all_serve(engine))
+    assert_has(stubs[0], variables)
+    assert versions(engine) == {3}
+    engine.update_weights(changed(variables, 4), 4)
+    assert stubs[0].received[-1][1] and versions(engine) == {4}
+
+
+def test_a_server_that_has_not_the_version_before_gets_everything(stubs, engine_of):
+    engine = engine_of(urls=tuple(stub.url for stub in stubs), transport="http")
+    ready(engine)
+    variables = weights(engine, 1)
+    engine.update_weights(variables, 1)
+    until(engine, lambda: all_serve(engine))
+    stubs[1].uploads = {"v1-0-another/model.safetensors": b"of another trainer"}
+    engine.update_weights(changed(variables, 2), 2)
+    (_, base, few), (_, none, all_of_it) = (stub.received[-1] for stub in stubs)
+    assert base and not none and few < 0.1 * all_of_it
+    assert stubs[0].uploads == stubs[1].uploads and versions(engine) == {2}
+
+
+def test_a_server_of_adapters_is_started_with_the_files_of_a_model_that_is_named_by_its_id(
+    engine_of, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(MODEL))
+    engine = engine_of(lora_rank=2, publish="adapter", python=stub_python(tmp_path), model="somebody/llama")
+    assert engine.source.base == "somebody/llama"
+    assert engine.pool.servers[0].process._spec.model == str(MODEL)
 
 
 def test_a_file_can_be_followed_while_it_is_written(tmp_path):
     sink, parts = FileSink(tmp_path / "v1" / "file"), []
 
     async def read():
-        async for piece in sink.follow(3):
+        async for piece in sink.follow():
             parts.append(piece)
 
     async def work():
@@ -272,7 +353,7 @@ def test_whoever_follows_a_file_that_is_abandoned_hears_of_it(tmp_path):
     sink = FileSink(tmp_path / "v1" / "file")
 
     async def work():
-        follow = sink.follow(3)
+        follow = sink.follow()
         sink.write(memoryview(b"x" * 10_000))
         assert await anext(follow)
         sink.abandon()

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from jaxrl.rollout.protocol import PIECE
 from jaxrl.rollout.vllm_adapter import (
     GENERATE,
     INFO,
@@ -39,7 +40,8 @@ class Stub:
     def __init__(self, port: int = 0):
         self.label = ""
         self.loaded: list[str] = []  # paths, in order
-        self.uploads: dict[str, bytes] = {}
+        self.uploads: dict[str, bytes] = {}  # the files that it has, by name
+        self.received: list[tuple[str, str, int]] = []  # name, base and bytes of every upload
         self.num_answered = 0
         self.pause_s = 0.0  # before an upload is read
         self.asleep: set[str] = set()  # what has no memory
@@ -72,7 +74,7 @@ class Stub:
         if route == INFO:
             return 200, {"vllm": "0.32.0", "device": "cpu", "dtype": "float32", "model": "stub"}
         if route == SEES:
-            return 200, {"sees": False}
+            return 200, {"sees": message in self.uploads}
         if route == RPC and message["method"] == "jaxrl_load":
             path, manifest = message["args"]
             if "weights" in self.asleep:
@@ -99,6 +101,18 @@ class Stub:
             return 200, self.generated(message)
         return 404, {}
 
+    def take_in(self, name: str, base: str, body: bytes) -> None:
+        self.received.append((name, base, len(body)))
+        content = bytearray(self.uploads.pop(base) if base else body)
+        place = 0
+        while base and place < len(body):
+            start, length = PIECE.unpack_from(body, place)
+            place += PIECE.size + length
+            content[start : start + length] = body[place - length : place]
+        folder = name.partition("/")[0]
+        kept = {other: data for other, data in self.uploads.items() if other.startswith(folder + "/")}
+        self.uploads = kept | {name: bytes(content)}
+
     def generated(self, message: Any) -> Any:
         params, span = message["sampling_params"], [{"version": self.label, "start": 0, "end": 1}]
         if "prompt_logprobs" in params:
@@ -122,7 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self._reply(*self.stub.answer(self.path.partition("?")[0], None))
+        route, _, query = self.path.partition("?")
+        self._reply(*self.stub.answer(route, query))
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -137,8 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         if UPLOAD in self.stub.answers:
             return self._reply(*self.stub.answer(UPLOAD, self.path))
-        self.stub.uploads[self.path] = b"".join(pieces)
-        self._reply(200, {"path": self.path})
+        name, _, base = self.path.removeprefix(UPLOAD).partition("?")
+        self.stub.take_in(name, base, b"".join(pieces))
+        self._reply(200, {"path": name})
 
     def _reply(self, status: int, content: Any) -> None:
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()

@@ -81,6 +81,16 @@ class EngineLost(RuntimeError):
 
 
 class Engine(Protocol):
+    @property
+    def answers_while_it_loads(self) -> bool:
+        """Whether `update_weights` may come while another thread is in `generate`."""
+        ...
+
+    @property
+    def weights_gb(self) -> float:
+        """What the last update of the weights brought to the engine, in 2**30 bytes."""
+        ...
+
     def update_weights(self, variables: Any, version: int) -> None:
         """Answer with these weights from now on."""
         ...

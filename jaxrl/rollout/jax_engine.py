@@ -65,6 +65,10 @@ class JaxEngine:
         self.version = -1
         self.weights: Tree = None
 
+    @property
+    def answers_while_it_loads(self) -> bool:
+        return False
+
     def update_weights(self, variables: Tree, version: int) -> None:
         self.weights = None  # before the new ones are made: never two copies
         self.weights = jax.block_until_ready(self.programs.unstack(variables))

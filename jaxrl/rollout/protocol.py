@@ -2,7 +2,8 @@
 
 An export is one safetensors file. Its `Manifest` travels beside it, with the CRC-32 of every tensor, and is checked in
 this order before the model is touched: the file is whole, it is of the run and version that were announced, names and
-shapes are those of the model that is served, the bytes are those that the trainer wrote.
+shapes are those of the model that is served, the bytes are those that the trainer wrote. To a server that has the file
+of the version before, only the pieces that differ are uploaded, each after its `PIECE`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import mmap
 import os
+import struct
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,8 @@ from typing import Any
 
 LAYOUT_FILE = "jaxrl_layout.json"  # beside config.json: name -> shape of every tensor that an export must hold
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # what weights are served in, as safetensors spells it
+PIECE = struct.Struct("<QQ")  # where in the file it lies, and how many bytes it has
+VERSION_DIGITS = 20
 
 
 class Refused(ValueError):
@@ -49,8 +53,13 @@ class Manifest:
 
     @property
     def label(self) -> str:
-        """What a server stamps on every sample of this version."""
+        """The name of this version among those of all runs."""
         return f"{self.run}:{self.version}"
+
+    @property
+    def shapes(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Where they are equal, so is the place of every tensor in the file."""
+        return [(t.name, t.shape, t.dtype) for t in self.tensors]
 
     @property
     def digest(self) -> str:
@@ -72,13 +81,17 @@ class Manifest:
 
 
 def encode_header(run: str, version: int, tensors: tuple[Tensor, ...]) -> bytes:
-    """How the file of an export begins: safetensors' header, with run and version as its metadata."""
+    """How the file of an export begins: safetensors' header, with run and version as its metadata.
+
+    As long for every version of a run, so that a tensor lies at the same place in the files of all of them.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "run": run, "version": str(version)}}
     offset = 0
     for t in tensors:
         header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
         offset += t.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (VERSION_DIGITS - len(str(version)))
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded
 

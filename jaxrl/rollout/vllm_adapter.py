@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .protocol import Manifest, Refused, check_export, read_layout
+from .protocol import PIECE, Manifest, Refused, check_export, read_layout
 
 if TYPE_CHECKING:
     from .engine import Sampling
@@ -118,7 +118,7 @@ def dtype_of(spec: ServerSpec, device: str) -> str:
 
 
 def command(python: str, spec: ServerSpec, device: str) -> list[str]:
-    has_weights = any(Path(spec.model).glob("*.safetensors"))
+    has_weights = any(path.suffix in (".safetensors", ".bin") for path in Path(spec.model).glob("*"))
     has_tokenizer = any((Path(spec.model) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
     arguments: dict[str, Any] = {
         "host": spec.host,
@@ -273,40 +273,87 @@ class Gate:
         given = dict(scope["headers"]).get(b"authorization", b"")
         if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
             return await _reply(send, 401, {"error": "the API key is wrong"})
-        path = scope["path"]
+        path, query = scope["path"], scope["query_string"].decode()
         if path == INFO:
             version, device = installed() or ("unknown", "cpu")
             info = {"vllm": version, "device": device, "dtype": os.environ["JAXRL_DTYPE"]}
             return await _reply(send, 200, info | {"model": os.environ["JAXRL_MODEL"]})
         if path == SEES:
-            return await _reply(send, 200, {"sees": Path(scope["query_string"].decode()).exists()})
+            return await _reply(send, 200, {"sees": (self.scratch / EXPORTS / query).exists()})
         if path.startswith(UPLOAD) and scope["method"] == "PUT":
-            return await self._take_in(path.removeprefix(UPLOAD), receive, send)
+            return await self._take_in(path.removeprefix(UPLOAD), query, _Body(receive), send)
         return await self.app(scope, receive, send)
 
-    async def _take_in(self, name: str, receive: Any, send: Any) -> None:
-        """Write the body to `v<N>/<file>`, which takes its name when all of it is there; other versions go."""
-        if not re.fullmatch(r"v\d+/\w+\.(safetensors|json)", name):
-            return await _reply(send, 400, {"error": f"{name!r} is not a name for an export"})
-        path = self.scratch / EXPORTS / name
+    async def _take_in(self, name: str, base: str, body: _Body, send: Any) -> None:
+        """Write the body to `<version>/<file>`, which takes its name when all of it is there; other versions go.
+
+        With `base`, an export that was taken in before, the body is what is to be changed in that one's file.
+        """
+        exports = self.scratch / EXPORTS
+        for each in (name, base or name):
+            if not re.fullmatch(r"[\w-]+/\w+\.(safetensors|json)", each):
+                return await _reply(send, 400, {"error": f"{each!r} is not a name for an export"})
+        if base and not (exports / base).is_file():
+            return await _reply(send, 409, {"error": f"the export {base!r} is not here"})
+        path = exports / name
         partial = path.with_suffix(".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("wb") as file:
-                more = True
-                while more:
-                    event = await receive()
-                    if event["type"] != "http.request":
-                        return  # the sender is gone
-                    file.write(event.get("body", b""))
-                    more = event.get("more_body", False)
+            if base:
+                (exports / base).replace(partial)
+            with partial.open("r+b" if base else "wb") as file:
+                await (_patch(file, body) if base else _fill(file, body))
             partial.replace(path)
+        except EOFError:
+            return  # the sender is gone
         finally:
             partial.unlink(missing_ok=True)
-        for other in (self.scratch / EXPORTS).iterdir():
+        for other in exports.iterdir():
             if other != path.parent:
                 shutil.rmtree(other, ignore_errors=True)
         await _reply(send, 200, {"path": str(path)})
+
+
+class _Body:
+    """What comes with a request, in portions of the size that is asked for."""
+
+    def __init__(self, receive: Any):
+        self._receive, self._rest, self._more = receive, b"", True
+
+    async def read(self, most: int) -> bytes:
+        """Up to `most` bytes; none at the end."""
+        while not self._rest and self._more:
+            event = await self._receive()
+            if event["type"] != "http.request":
+                raise EOFError
+            self._rest, self._more = event.get("body", b""), event.get("more_body", False)
+        portion, self._rest = self._rest[:most], self._rest[most:]
+        return portion
+
+    async def exactly(self, size: int) -> bytes:
+        """`size` bytes, or none at the end."""
+        found = b""
+        while len(found) < size and (portion := await self.read(size - len(found))):
+            found += portion
+        if 0 < len(found) < size:
+            raise EOFError
+        return found
+
+
+async def _fill(file: Any, body: _Body) -> None:
+    while portion := await body.read(1 << 20):
+        file.write(portion)
+
+
+async def _patch(file: Any, body: _Body) -> None:
+    """Put pieces where they say that they belong."""
+    while head := await body.exactly(PIECE.size):
+        start, length = PIECE.unpack(head)
+        file.seek(start)
+        while length:
+            if not (portion := await body.read(length)):
+                raise EOFError
+            length -= file.write(portion)
 
 
 async def _reply(send: Any, status: int, content: Any) -> None:
@@ -393,8 +440,9 @@ def _digest(model: Any) -> str | None:
     total = 0
     for parameter in parameters:
         data = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
-        words = data[: len(data) // 4 * 4].view(torch.int32)
-        total = (31 * total + int(words.sum(dtype=torch.int64))) % 2**64
+        end = len(data) // 4 * 4
+        words, rest = data[:end].view(torch.int32), data[end:]
+        total = (31 * total + int(words.sum(dtype=torch.int64)) + int(rest.sum(dtype=torch.int64))) % 2**64
     return f"{total:016x}"
 
 

@@ -72,6 +72,7 @@ class Client:
         return info
 
     async def sees(self, path: str) -> bool:
+        """Whether the server has a file; a relative path is one of an export that was uploaded."""
         return (await self._send("GET", f"{SEES}?{path}", what="a look at a file"))["sees"]
 
     async def ping(self) -> None:
@@ -96,9 +97,12 @@ class Client:
         except (KeyError, TypeError, ValueError, StopIteration) as error:
             raise ServerLost(f"it answered the probe with what is no answer ({error!r})") from None
 
-    async def upload(self, name: str, chunks: AsyncIterator[bytes], *, timeout_s: float) -> str:
-        """Send an export; the path under which the server has it."""
-        answer = await self._send("PUT", UPLOAD + name, content=chunks, what="an export", timeout_s=timeout_s)
+    async def upload(
+        self, name: str, chunks: AsyncIterator[bytes], *, base: str | None = None, timeout_s: float
+    ) -> str:
+        """Send an export, or what it changes of the one that the server has as `base` and loses by that; its path there."""
+        route = UPLOAD + name + (f"?{base}" if base else "")
+        answer = await self._send("PUT", route, content=chunks, what="an export", timeout_s=timeout_s)
         return answer["path"]
 
     async def load(self, path: str, manifest: Manifest, *, timeout_s: float) -> dict[str, Any]:

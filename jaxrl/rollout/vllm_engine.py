@@ -1,6 +1,6 @@
 """The engine that is a vLLM sidecar: servers in processes of their own, which answer with the weights we publish.
 
-Here is the trainer's side of it in three verbs. `weights/sync.py` turns weights into bytes, `vllm_pool.py` keeps the
+Here is the trainer's side of it in four verbs. `weights/sync.py` turns weights into bytes, `vllm_pool.py` keeps the
 servers, on an event loop in a thread of its own. Of several processes the first one talks to the servers, and the
 others are given what it got.
 """
@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,10 @@ from ..models.config import ModelConfig
 from ..models.decoder import head_bias, head_table, hidden_states
 from ..models.logprobs import target_logprobs
 from ..parallel import fetch, num_row_shards, put_rows, use_mesh
+from ..weights.convert import convert
+from ..weights.locate import resolve
 from ..weights.pretrained import Pretrained
+from ..weights.source import Options
 from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
 from .engine import Report, Sampling, check_prompt
 from .vllm_adapter import ServerSpec
@@ -63,35 +66,30 @@ class VllmEngine:
         self._link = Link() if link is None else link
         self._publication: Publication | None = None
         self._folders: dict[str, Path] = {}  # in which it lies, by transport
-        self._forgetting: threading.Thread | None = None  # the publication before
+        self._uploads: list[Server] = []  # to whom it is sent
+        self._forgetting: threading.Thread | None = None
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
         num = min(PROBE_TOKENS, max_model_len - 1)
         self.probe_ids = np.random.default_rng(0).integers(0, config.vocab_size, num).tolist()
         if not self._link.is_first:
             return
         self._shared: SharedFolder | None = None
-        if settings.publish == "adapter":
-            model = source.base  # vLLM reads it by itself
-        else:
-            model = str(served_folder(config, source, folder / "model").resolve())
-        servers = self._servers(model, folder, max_num_seqs)
-        self.pool = Pool(servers, settings, max_num_seqs=max_num_seqs)
+        self.pool = Pool(self._servers(max_num_seqs), settings, max_num_seqs=max_num_seqs)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm")
         self._thread.start()
         self._call(self.pool.open())  # they start while the trainer goes on
 
-    def _servers(self, model: str, folder: Path, max_num_seqs: int) -> list[Server]:
+    def _servers(self, max_num_seqs: int) -> list[Server]:
         v = self.settings
         if v.urls:
             key = os.environ.get("VLLM_API_KEY", "")
             return [Server(f"server {url}", key, url, None) for url in v.urls]
-        servers = []
+        servers, key, model = [], secrets.token_urlsafe(24), self._model_to_serve()
         for i in range(v.num_servers):
-            key = secrets.token_urlsafe(24)
             visible = {"CUDA_VISIBLE_DEVICES": v.devices[i]} if v.devices else {}
             spec = ServerSpec(
-                model=model, host="127.0.0.1", port=0, folder=str((folder / f"server_{i}").resolve()),
+                model=model, host="127.0.0.1", port=0, folder=str((self.folder / f"server_{i}").resolve()),
                 dtype=v.dtype, max_model_len=self.max_model_len, max_num_seqs=max_num_seqs,
                 gpu_memory_utilization=v.gpu_memory_utilization, args=dict(v.args), env={**v.env, **visible},
                 lora_rank=self.config.lora_rank if v.publish == "adapter" else 0, sleeps=self.sleeps,
@@ -99,6 +97,27 @@ class VllmEngine:
             assert v.python is not None
             servers.append(Server(f"server {i}", key, None, ServerProcess(v.python, spec, key)))
         return servers
+
+    def _model_to_serve(self) -> str:
+        """The folder that servers are started with: without weights, which come from us, or the base of adapters."""
+        if self.settings.publish == "merged":
+            return str(served_folder(self.config, self.source, self.folder / "model").resolve())
+        base = resolve(self.source.base)
+        if self.config.packed is not None:  # vLLM reads no bitsandbytes
+            packed, base = base, self.folder / "base"
+            if not base.exists():
+                convert(str(packed), base, options=Options(dequantize=True))
+        return str(base.resolve())
+
+    @property
+    def answers_while_it_loads(self) -> bool:
+        """With several servers: those that are idle first take the new weights while the others answer to the end."""
+        return max(len(self.settings.urls), self.settings.num_servers) > 1
+
+    @property
+    def weights_gb(self) -> float:
+        """What the last update of the weights brought to all servers together, in 2**30 bytes."""
+        return 0.0 if self._publication is None else self._publication.num_bytes / 2**30
 
     # The engine's verbs.
 
@@ -109,15 +128,15 @@ class VllmEngine:
         """
         info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
         if self.settings.publish == "adapter":
-            make = partial(adapter_export, self.run, version, variables, self.config)
+            export = adapter_export(self.run, version, variables, self.config)
         else:
-            make = partial(model_export, self.run, version, variables, self.config, info["dtype"])
+            export = model_export(self.run, version, variables, self.config, info["dtype"])
         probe_logprobs = self._probe(variables)
         # What is refused is, before the hosts gather.
-        self._link.first("how the weights travel", lambda: self._choose_ways(make().manifest.nbytes))
+        self._link.first("how the weights travel", lambda: self._choose_ways(export.manifest.nbytes))
         if not self._link.is_first:
-            make().finish()  # takes part in the gathering
-        self._link.first(f"version {version} of the weights", lambda: self._publish(make, probe_logprobs))
+            export.finish()  # takes part in the gathering
+        self._link.first(f"version {version} of the weights", lambda: self._publish(export, probe_logprobs))
         self.version = version
 
     def generate(
@@ -164,25 +183,34 @@ class VllmEngine:
             names = {"shm" if has_room else "disk"}
         self._folders = {name: self._parent(name) for name in names}
 
-    def _publish(self, make: Callable[[], Export], probe_logprobs: list[float]) -> None:
+    def _publish(self, export: Export, probe_logprobs: list[float]) -> None:
         before = self._publication
         if self._forgetting is not None:
             self._forgetting.join()
         adapter_of = self.source.base if self.settings.publish == "adapter" else None
         publication = Publication(
-            make, self.probe_ids, probe_logprobs, self._loop, self.config, adapter_of=adapter_of,
-            transports=self._transport, timeout_s=self.settings.load_timeout_s,
+            export.manifest, self.probe_ids, probe_logprobs, self._loop, self.config, adapter_of=adapter_of,
+            transports=self._transport, timeout_s=self.settings.load_timeout_s, before=before,
         )  # fmt: skip
         try:
-            publication.send(self._folders, self._uploads)
-            self._call(self.pool.install(publication))
+            publication.send(export, self._folders, self._uploads)
+            is_same = before is not None and publication.manifest.digest == before.manifest.digest
+            if not is_same:
+                self._call(self.pool.install(publication))
         except BaseException:
             publication.forget()
             raise
+        if before is not None:
+            self._forget(publication if is_same else before)
+            if is_same:
+                publication = before.under(publication.label)
+                self._call(self.pool.install(publication))
         self._publication = publication
-        if before is not None:  # to give so much memory back takes a while, for which nobody waits
-            self._forgetting = threading.Thread(target=before.forget, name="forget")
-            self._forgetting.start()
+
+    def _forget(self, publication: Publication) -> None:
+        """To give so much memory back takes a while, for which nobody waits."""
+        self._forgetting = threading.Thread(target=publication.forget, name="forget")
+        self._forgetting.start()
 
     async def _transports(self) -> dict[Server, str]:
         """How weights get to the servers, as far as that is known of those that start."""

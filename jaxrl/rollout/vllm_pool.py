@@ -2,12 +2,11 @@
 that fails.
 
 A server is STARTING (until it has the current weights), SERVING, DRAINING (it answers what it was asked before new
-weights come, and is asked no more), LOADING them, ASLEEP (it has given its memory back until new weights come), or DEAD
-(given up). It is lost when its process ends, a request
-breaks, an answer makes no sense, or it gives no sign of life; it is then started again with the weights of now, and
-what it had not answered is asked anew, so that every prompt is answered once. A server that fails `max_restarts` times
-in a row is dropped (one that is named by its URL is tried again with the next weights); when none is left the run ends,
-with the reason.
+weights come, and is asked no more), LOADING them (while others may still answer), ASLEEP (it has given its memory back
+until new weights come), or DEAD (given up). It is lost when its process ends, a request breaks, an answer makes no sense,
+or it gives no sign of life; it is then started again with the weights of now, and what it had not answered is asked anew,
+so that every prompt is answered once. A server that fails `max_restarts` times in a row is dropped (one that is named by
+its URL is tried again with the next weights); when none is left the run ends, with the reason.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ OVERBOOKED = 2  # sequences that wait at a server for each that it decodes, so t
 class Publication(Protocol):
     """One version of the weights, as the pool brings it to servers."""
 
+    label: str  # what a server stamps on every sample of this version
     manifest: Manifest
     probe_ids: list[int]
     probe_logprobs: list[float]  # of the trainer, for the tokens after the first
@@ -84,6 +84,10 @@ class Server:
     def __str__(self) -> str:
         return f"vLLM {self.name}"
 
+    def forget(self, reason: str) -> None:
+        """Whatever weights it had, nobody knows that it has them still."""
+        self.reason, self.label, self.content, self.live_digest = reason, None, None, None
+
 
 class Pool:
     def __init__(self, servers: list[Server], settings: VllmSection, *, max_num_seqs: int):
@@ -92,6 +96,7 @@ class Pool:
         self.current: Publication | None = None
         self.restarts = self.loads = 0
         self.is_asleep = False  # the servers that are started here, as there is no memory for them
+        self._unasked = 0  # jobs that no server has been asked yet
         self._changed = asyncio.Condition()
         self._installing = asyncio.Lock()  # until it is known whether the servers take the weights
         self._tasks: set[asyncio.Task] = set()
@@ -149,7 +154,7 @@ class Pool:
         if gone is not server.gone or gone.is_set() or server.state == DEAD:
             return
         log.warning("%s: %s; it is started again", server, reason)
-        server.reason, server.label, server.content = reason, None, None
+        server.forget(reason)
         gone.set()
         await self._set(server, STARTING)
         self._spawn(self._bring_up(server, failed=True))
@@ -172,7 +177,7 @@ class Pool:
                 return
             except ServerLost as lost:
                 failed = True
-                server.reason, server.label, server.content = str(lost), None, None
+                server.forget(str(lost))
                 log.warning("%s: %s", server, lost)
             except ValueError as error:  # what another start will not mend
                 server.reason = str(error)
@@ -183,10 +188,11 @@ class Pool:
         await self._give_up(server)
 
     async def _give_up(self, server: Server) -> None:
-        if server.process is not None and (why := server.process.explained()) and why not in server.reason:
-            server.reason += f" ({why})"
-        if server.process is not None and str(server.process.log) not in server.reason:
-            server.reason += f"; its log is {server.process.log}"
+        if (process := server.process) is not None:
+            if (why := process.explained()) and why not in server.reason:
+                server.reason += f" ({why})"
+            if str(process.log) not in server.reason:
+                server.reason += f"; its log is {process.log}"
         if any(other is not server and other.state != DEAD for other in self.servers):
             log.warning("%s is given up, the others go on: %s", server, server.reason)
         try:
@@ -209,7 +215,7 @@ class Pool:
     async def _serves(self, server: Server) -> bool:
         """SERVING from now on, if it has the current weights."""
         async with self._changed:
-            if self.current is not None and server.label != self.current.manifest.label:
+            if self.current is not None and server.label != self.current.label:
                 return False
             server.state = SERVING
             self._changed.notify_all()
@@ -217,31 +223,24 @@ class Pool:
 
     async def _start(self, server: Server) -> None:
         """Until it answers for the first time."""
-        await self._end(server)
-        server.live_digest = None
-        if server.process is not None:
-            await asyncio.to_thread(server.process.start)
-        url = server.process.url if server.process is not None else server.url
-        assert url is not None
-        server.client = Client(url, server.key, timeout_s=self.settings.load_timeout_s)
-        deadline = asyncio.get_running_loop().time() + self.settings.start_timeout_s
+        await self._launch(server)
+        process, limit_s = server.process, self.settings.start_timeout_s
+        deadline = asyncio.get_running_loop().time() + limit_s
         while True:
+            assert server.client is not None
             try:
                 server.info = await server.client.info()
                 break
             except ServerLost as lost:
-                ended = server.process.ended() if server.process is not None else None
-                if ended is not None and server.process is not None and server.process.port_was_taken():
-                    await self._end(server)
-                    await asyncio.to_thread(server.process.start)  # another one was quicker: with another port
-                    server.client = Client(server.process.url, server.key, timeout_s=self.settings.load_timeout_s)
+                ended = None if process is None else process.ended()
+                if process is not None and process.port_was_taken():
+                    await self._launch(server)  # another program was quicker: at another port
                 elif ended is not None:
                     raise ServerLost(f"it did not start: {ended}") from None
                 elif asyncio.get_running_loop().time() > deadline:
-                    where = f"its log is {server.process.log}" if server.process is not None else f"it is {url}"
+                    where = f"it is {server.url}" if process is None else f"its log is {process.log}"
                     raise ServerLost(
-                        f"it was waited for {self.settings.start_timeout_s:.0f} s (rollout.vllm.start_timeout_s) to "
-                        f"start, and {lost}; {where}"
+                        f"it was waited for {limit_s:.0f} s (rollout.vllm.start_timeout_s) to start, and {lost}; {where}"
                     ) from None
                 await asyncio.sleep(POLL_S)
         server.has_started = True
@@ -249,6 +248,15 @@ class Pool:
             log.warning("%s: %s", server, warning)
         async with self._changed:
             self._changed.notify_all()
+
+    async def _launch(self, server: Server) -> None:
+        """A client for it, and where it is started here its process."""
+        await self._end(server)
+        if server.process is not None:
+            await asyncio.to_thread(server.process.start)
+        url = server.url if server.process is None else server.process.url
+        assert url is not None
+        server.client = Client(url, server.key, timeout_s=self.settings.load_timeout_s)
 
     async def _watch(self, server: Server) -> None:
         """Notices a process that has ended, and a server that stands still."""
@@ -305,8 +313,10 @@ class Pool:
     async def install(self, publication: Publication) -> None:
         """Every server that serves has these weights when this returns; those that start take them by themselves.
 
+        What is under way is answered with the weights before; each server takes the new ones as soon as it is idle.
         Raises Refused where a server does not take them; the weights before go on answering, on all of them.
         """
+        await self._until(lambda: not self._unasked)
         async with self._installing:
             before, self.current = self.current, publication
             async with self._changed:
@@ -318,20 +328,17 @@ class Pool:
                     await self._set(server, STARTING)
                     self._spawn(self._bring_up(server))
             # What is uploaded is there before a server stops to answer.
-            await asyncio.gather(*(self._bring(server) for server in self.servers if server.state in (SERVING, ASLEEP)))
-            serving = [server for server in self.servers if server.state in (SERVING, ASLEEP)]
-            one_by_one = any(server.in_flight for server in serving)  # the others go on answering
-            results: list[BaseException | None] = []
-            for part in [[server] for server in serving] if one_by_one else [serving]:
-                results += await asyncio.gather(*(self._replace(server) for server in part), return_exceptions=True)
+            ready = [server for server in self.servers if server.state in (SERVING, ASLEEP)]
+            await asyncio.gather(*(self._bring(server) for server in ready))
+            ready = [server for server in self.servers if server.state in (SERVING, ASLEEP)]
+            results = await asyncio.gather(*(self._replace(server) for server in ready), return_exceptions=True)
             if any(isinstance(error, Refused) for error in results):
                 self.current = before
-                await asyncio.gather(*(self._take_back(server) for server in serving))
+                await asyncio.gather(*(self._take_back(server) for server in ready))
         for error in results:
             if error is not None:
                 raise error
-        label = publication.manifest.label
-        await self._until(lambda: any(s.state == SERVING and s.label == label for s in self.servers))
+        await self._until(lambda: any(s.state == SERVING and s.label == publication.label for s in self.servers))
 
     async def _bring(self, server: Server) -> None:
         gone, publication = server.gone, self.current
@@ -368,7 +375,7 @@ class Pool:
         if self.current is None:
             server.label = None  # it answers nothing until there are weights that all take
             return
-        if server.state != SERVING or server.label == self.current.manifest.label:
+        if server.state != SERVING or server.label == self.current.label:
             return
         gone = server.gone
         self.current.anew(server)
@@ -389,10 +396,10 @@ class Pool:
         finally:
             if wakes:  # after the load, which needs memory of its own for a moment
                 await client.wake_up("kv_cache")
-        await client.set_version(manifest.label)
+        await client.set_version(publication.label)
         await client.reset_cache()
         await self._probe(server, publication)
-        server.label, server.content = manifest.label, manifest.digest
+        server.label, server.content = publication.label, manifest.digest
 
     async def _replace_weights(self, server: Server, publication: Publication) -> None:
         client, manifest, timeout_s = server.client, publication.manifest, self.settings.load_timeout_s
@@ -412,8 +419,8 @@ class Pool:
         assert server.client is not None
         manifest = publication.manifest
         logprobs, labels = await server.client.probe(publication.probe_ids, adapter=publication.is_adapter)
-        if labels != {manifest.label}:
-            raise ServerLost(f"it names its weights {sorted(labels)} after loading {manifest.label}")
+        if labels != {publication.label}:
+            raise ServerLost(f"it names its weights {sorted(labels)} after loading {publication.label}")
         gaps = [abs(a - b) for a, b in zip(logprobs, publication.probe_logprobs, strict=True)]
         gap, bound = sum(gaps) / len(gaps), self._tolerance(server)
         if not gap <= bound:
@@ -435,6 +442,7 @@ class Pool:
         """The answers to every job, in order, with the label of the weights that gave them."""
         assert self.current is not None, "generate before the first update_weights"
         waiting = deque(range(len(jobs)))
+        self._unasked += len(jobs)
         results: list[tuple[Job, list[Answer], str] | None] = [None] * len(jobs)
         finished = tokens = 0
 
@@ -442,6 +450,7 @@ class Pool:
             nonlocal finished, tokens
             while waiting:
                 number = waiting.popleft()
+                self._unasked -= 1
                 answers, label = await self._ask(jobs[number], sampling)
                 results[number] = jobs[number], answers, label
                 finished += len(answers)
@@ -457,6 +466,9 @@ class Pool:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+            async with self._changed:
+                self._unasked -= len(waiting)
+                self._changed.notify_all()
         return [result for result in results if result is not None]
 
     @property

@@ -2,7 +2,8 @@
 
 An export runs once, whatever number of servers want it: each piece goes to every sink before the next one leaves the
 devices. A sink is a file (on tmpfs for servers on this host, on a shared disk for others), which takes its name when all
-of it is there; an HTTP upload follows it as it grows. `rollout/protocol.py` says what the bytes are and how they are checked.
+of it is there; an HTTP upload follows it as it grows, and may leave out what the file before has too.
+`rollout/protocol.py` says what the bytes are and how they are checked.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..models.config import ModelConfig
-from ..rollout.protocol import LAYOUT_FILE, Manifest, Tensor, encode_header
+from ..rollout.protocol import LAYOUT_FILE, PIECE, Manifest, Tensor, encode_header
 from .export import config_for_head, hf_tensors
 from .folder import both_spellings, write_json
 from .hf_names import in_order
@@ -36,7 +37,7 @@ EXPONENTS = {
     "F16": (np.uint16, np.uint16(0x7C00)),
     "BF16": (np.uint16, np.uint16(0x7F80)),
 }
-PIECE = 4 << 20  # bytes that go to the sinks at once
+AT_ONCE = 4 << 20  # bytes that go to the sinks
 LOOK = 1 << 18  # bytes that are looked at at once
 
 
@@ -63,8 +64,8 @@ class Export:
                 assert (name, array.shape, array.dtype) == (announced.name, announced.shape, self.dtype), name
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                 looked_at = beside.submit(_look_at, data, announced.dtype)
-                for start in range(0, len(data), PIECE):
-                    yield data[start : start + PIECE]
+                for start in range(0, len(data), AT_ONCE):
+                    yield data[start : start + AT_ONCE]
                 crc, is_finite = looked_at.result()
                 done.append(Tensor(name, announced.shape, announced.dtype, crc))
                 if not is_finite:
@@ -120,44 +121,72 @@ def adapter_export(run: str, version: int, variables: Tree, config: ModelConfig)
 
 
 class FileSink:
-    """`path` appears when all has been written and `close` is called."""
+    """`path` appears when all has been written and `close` is called.
 
-    def __init__(self, path: Path):
+    `before` is a file of the same length; `on_change` is called when the first piece after the header is written that it
+    does not have at the same place.
+    """
+
+    def __init__(self, path: Path, before: Path | None = None, on_change: Callable[[], None] = lambda: None):
         self.path, self._partial = path, path.with_suffix(".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("wb")
+        self._before = None if before is None else np.memmap(before, np.uint8, "r")
+        self._on_change, self._has_changed = on_change, False
+        self._pieces: list[tuple[int, int, bool]] = []  # place, length, and whether `before` lacks it
+        self._size = 0
         self._is_whole = self._is_abandoned = False
 
     def write(self, piece: memoryview) -> None:
         self._file.write(piece)
+        self._file.flush()  # for those who follow
+        start, self._size = self._size, self._size + len(piece)
+        is_new = self._before is None or not _are_equal(piece, self._before[start : self._size])
+        self._pieces.append((start, len(piece), is_new))
+        if is_new and start > 0 and not self._has_changed:
+            self._has_changed = True
+            self._on_change()
 
     def close(self) -> None:
+        self._before = None
         self._file.close()
         self._partial.replace(self.path)
         self._is_whole = True
 
     def abandon(self) -> None:
-        self._is_abandoned = True
+        self._before, self._is_abandoned = None, True
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
-    async def follow(self, size: int) -> AsyncIterator[bytes]:
-        """Its content in pieces of up to `size` bytes, also while another thread still writes it."""
+    async def follow(self, *, changes: bool = False) -> AsyncIterator[bytes]:
+        """Its pieces, also while another thread still writes them. `changes`: those alone that `before` lacks, and ahead
+        of each where it lies."""
         try:
             file = self._partial.open("rb", buffering=0)
         except FileNotFoundError:
             file = self.path.open("rb", buffering=0)
+        num = 0
         with file:
             while True:
-                is_whole = self._is_whole  # asked before the read, which may meet the end of what is there by now
-                if piece := file.read(size):
-                    yield piece
-                elif is_whole:
+                is_whole = self._is_whole  # asked before the look at the pieces, which may be the last ones
+                for start, length, is_new in self._pieces[num:]:
+                    num += 1
+                    if changes and not is_new:
+                        continue
+                    if changes:
+                        yield PIECE.pack(start, length)
+                    yield os.pread(file.fileno(), length, start)
+                if is_whole:
                     return
-                elif self._is_abandoned:
+                if self._is_abandoned:
                     raise OSError(f"{self.path.name} was never written to its end")
-                else:
-                    await asyncio.sleep(0.005)
+                await asyncio.sleep(0.005)
+
+
+def _are_equal(piece: memoryview, other: np.ndarray) -> bool:
+    """Looks no further than the first difference."""
+    ours = np.frombuffer(piece, np.uint8)
+    return all(np.array_equal(ours[i : i + LOOK], other[i : i + LOOK]) for i in range(0, len(ours), LOOK))
 
 
 class SharedFolder:
