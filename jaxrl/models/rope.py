@@ -77,5 +77,5 @@ def _yarn_range(rope: Rope, dim: int) -> tuple[float, float]:
     low, high = pair_of(rope.beta_fast), pair_of(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+    low, high = max(float(low), 0.0), min(float(high), dim - 1.0)
     return low, high if high != low else high + 0.001

@@ -26,6 +26,8 @@ from .stored import cast
 from .verify import verify_adapter, verify_logits, verify_tensors
 from .write import Manifest, write_model
 
+_SMALL = 1 << 20  # bytes of layers that go to disk at once: every write there costs some ten milliseconds
+
 FORMATS = ("hf", "orbax", "peft")
 Progress = Callable[[str, int, int], None]  # name of the tensor, bytes until now, bytes in all
 
@@ -147,9 +149,10 @@ def _write_orbax(
     def written(row: Row, spec: TensorSpec, array: Any) -> Iterator[np.ndarray]:
         """The parts of an array, each after it was written: layer by layer, or all of one that has no layers."""
         nonlocal done
-        at_once = 1 if row.stacked else spec.shape[0]
-        for start in range(0, spec.shape[0], at_once):
-            index = (slice(start, start + at_once), *(slice(0, size) for size in spec.shape[1:]))
+        length = spec.shape[0]
+        at_once = max(1, length * _SMALL // spec.nbytes) if row.stacked else length
+        for start in range(0, length, at_once):
+            index = (slice(start, min(start + at_once, length)), *(slice(0, size) for size in spec.shape[1:]))
             (part,) = read_slices(model.checkpoint, [row], index, [spec.dtype], sizes, True)
             array[index].write(part).result()
             yield part
