@@ -273,7 +273,7 @@ def test_weights_that_went_wrong_are_refused_and_the_old_ones_go_on_answering(se
 def test_truncated_foreign_and_misshapen_exports_are_refused_and_the_old_weights_go_on_answering(tied):
     """On the way to a real server: files that are not what was announced, and a model that it does not serve."""
     engine, sampling = tied.engine, Sampling(max_tokens=8, n=2)
-    engine.update_weights({"params": tied.params}, 30)
+    engine.update_weights({"params": changed(tied.params, 30)}, 30)
     before = engine.generate([prompt_of([3, 5])], sampling, seed=0)
     server = engine.pool.servers[0]
     publication = engine._publication

@@ -203,7 +203,7 @@ class VllmEngine:
         if before is not None:
             self._forget(publication if is_same else before)
             if is_same:
-                publication = before.under(publication.label)
+                publication = before.named(publication)
                 self._call(self.pool.install(publication))
         self._publication = publication
 

@@ -98,10 +98,10 @@ class Publication:
             file.close()
         self.manifest = export.manifest
 
-    def under(self, label: str) -> Publication:
-        """The same weights as those of another version."""
+    def named(self, other: Publication) -> Publication:
+        """As the same weights of another version, which are probed again."""
         same = copy.copy(self)
-        same.label, same._num_bytes = label, {}
+        same.label, same.probe_logprobs, same._num_bytes = other.label, other.probe_logprobs, {}
         return same
 
     async def place(self, server: Server) -> str:
