@@ -109,7 +109,7 @@ class Collector:
     def _sampling(self, settings: RolloutSection | ValKwargs, *, greedy: bool = False) -> Sampling:
         r, most = self.config.rollout, self.config.data.max_response_length
         sampling = sampling_of(settings, max_tokens=most, stop_ids=self.stop_ids, greedy=greedy)
-        return replace(sampling, stop=r.stop, bad_words=r.bad_words)
+        return replace(sampling, stop=r.stop, bad_words=r.bad_words, guided=r.guided)
 
     def _answered(self, prompts: list[Prompt], sampling: Sampling, seed: int, progress: Progress, timer: Timer):
         with timer("gen"), progress.generation(len(prompts) * sampling.n) as report:

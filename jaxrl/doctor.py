@@ -102,6 +102,7 @@ class Doctor:
             stop_ids=stop_ids,
             stop=r.stop,
             bad_words=r.bad_words,
+            guided=r.guided,
         )
 
     def examine(self, variables: Tree, *, before: Tree | None = None) -> Diagnosis:

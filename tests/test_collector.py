@@ -72,7 +72,7 @@ def test_the_texts_of_the_config_that_end_a_response_or_must_not_come_reach_vllm
     stub.answers[GENERATE] = generate
     tree = settings("texts", data__val_files=None, algorithm__adv_estimator="remax", trainer__total_training_steps=1)
     vllm = {"engine": "vllm", "vllm": {"urls": [stub.url], "probe_tolerance": 1e3}}
-    tree["rollout"] |= {"stop": ["12", "="], "bad_words": ["7"], **vllm}
+    tree["rollout"] |= {"stop": ["12", "="], "bad_words": ["7"], "guided": {"choice": ["1", "2"]}, **vllm}
     try:
         Trainer(from_dict(tree)).fit()
     finally:
@@ -81,12 +81,20 @@ def test_the_texts_of_the_config_that_end_a_response_or_must_not_come_reach_vllm
     assert {params["temperature"] for params in asked} == {0.0, 1.0}  # the baselines end in the same way
     for params in asked:
         assert (params["stop"], params["bad_words"]) == (["12", "="], ["7"])
+        assert params["structured_outputs"] == {"choice": ["1", "2"]}
         assert params["include_stop_str_in_output"] and params["detokenize"]
 
 
 def test_texts_that_the_jax_engine_does_not_know_are_refused(settings):  # noqa: F811
-    for name in ("stop", "bad_words"):
+    for name, value in (("stop", ["x"]), ("bad_words", ["x"]), ("guided", {"regex": "x"})):
         tree = settings("texts")
-        tree["rollout"][name] = ["x"]
-        with pytest.raises(ValueError, match=rf"rollout.{name} \['x'\]: the jax engine knows tokens and no texts, set"):
+        tree["rollout"][name] = value
+        with pytest.raises(ValueError, match=rf"rollout.{name} .*'x'.: the jax engine knows tokens and no texts, set"):
             from_dict(tree)
+
+
+def test_two_grammars_at_a_time_are_refused(settings):  # noqa: F811
+    tree = settings("texts", rollout__guided={"regex": "x", "choice": ["y"]}, rollout__engine="vllm")
+    tree["rollout"]["vllm"] = {"urls": ["http://host:8000"]}
+    with pytest.raises(ValueError, match="rollout.guided has regex, choice: one grammar at a time"):
+        from_dict(tree)

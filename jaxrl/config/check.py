@@ -240,13 +240,16 @@ def _check_vllm_places(v: VllmSection) -> None:
 
 
 def _check_texts(c: Config) -> None:
-    for key, texts in (("rollout.stop", c.rollout.stop), ("rollout.bad_words", c.rollout.bad_words)):
-        if texts and c.rollout.engine == "jax":
+    r = c.rollout
+    for key, texts in (("stop", list(r.stop)), ("bad_words", list(r.bad_words)), ("guided", dict(r.guided))):
+        if texts and r.engine == "jax":
             raise ValueError(
-                f"{key} {list(texts)}: the jax engine knows tokens and no texts, set rollout.engine to vllm"
+                f"rollout.{key} {texts}: the jax engine knows tokens and no texts, set rollout.engine to vllm"
             )
         if "" in texts:
-            raise ValueError(f"{key} {list(texts)} has an empty text: leave it out")
+            raise ValueError(f"rollout.{key} {texts} has an empty text: leave it out")
+    if len(r.guided) > 1:
+        raise ValueError(f"rollout.guided has {', '.join(r.guided)}: one grammar at a time")
 
 
 def _check_sampling(c: Config) -> None:

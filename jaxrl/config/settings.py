@@ -95,6 +95,9 @@ class RolloutSection:
     top_k: int = -1
     stop: tuple[str, ...] = ()  # a response ends with the first of these texts, and keeps it; vllm alone, as the next
     bad_words: tuple[str, ...] = ()  # texts that are not sampled; logprobs are of what is left
+    guided: dict[str, Any] = field(
+        default_factory=dict
+    )  # what vLLM holds responses to: {regex: ..}, {choice: [..]}, {json: ..}
     max_num_seqs: int = 1024  # sequences that decode together
     # No start above this training/rollout_probs_diff_mean on a few prompts (jaxrl/doctor.py); None: not looked at.
     max_probs_diff: float | None = None
