@@ -12,8 +12,8 @@ import os
 from .config import Config, VllmSection
 
 HALF = 0.5  # vLLM's share where nobody knows what training needs
-MARGIN = 0.05  # of a GPU: CUDA's contexts, and what fragmentation loses
 LEAST, MOST = 0.1, 0.9
+OWN_DEVICES = "GPUs of its own (rollout.vllm.devices, and the others alone in the trainer's CUDA_VISIBLE_DEVICES)"
 SETTLED = {
     "XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION",
     "XLA_CLIENT_MEM_FRACTION",
@@ -22,8 +22,13 @@ SETTLED = {
 
 def shares_gpus(v: VllmSection) -> bool:
     """Whether servers run on devices that this process sees too."""
-    seen, theirs = os.environ.get("CUDA_VISIBLE_DEVICES"), {d for names in v.devices for d in names.split(",")}
-    return not v.urls and (not theirs or seen is None or not theirs.isdisjoint(seen.split(",")))
+    names = [v.env["CUDA_VISIBLE_DEVICES"]] if "CUDA_VISIBLE_DEVICES" in v.env else v.devices
+    seen, theirs = os.environ.get("CUDA_VISIBLE_DEVICES"), {d for each in names for d in _listed(each)}
+    return not v.urls and (not theirs or seen is None or not theirs.isdisjoint(_listed(seen)))
+
+
+def _listed(devices: str) -> list[str]:
+    return [device.strip() for device in devices.split(",")]
 
 
 def takes_turns(c: Config) -> bool:
@@ -32,19 +37,33 @@ def takes_turns(c: Config) -> bool:
 
 
 def jax_environment(c: Config) -> dict[str, str]:
-    """What JAX must find in its environment before it looks for devices. On a CPU or a TPU it means nothing."""
+    """What JAX must find in its environment before it looks for devices. On a CPU or a TPU it means nothing.
+
+    Raises ValueError where vLLM's share leaves it nothing.
+    """
     v = c.rollout.vllm
     if c.rollout.engine != "vllm" or not shares_gpus(v):
         return {}
     if takes_turns(c):
         return {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
-    return {"XLA_CLIENT_MEM_FRACTION": f"{1 - (v.gpu_memory_utilization or HALF) - MARGIN:.2f}"}
+    left = 0.95 - (v.gpu_memory_utilization or HALF)  # of the rest, CUDA's contexts
+    if left < LEAST:
+        raise ValueError(
+            f"rollout.vllm.gpu_memory_utilization {v.gpu_memory_utilization} leaves training nothing of a GPU that it "
+            f"shares with vLLM all the time: set it to {HALF:g}, or give vLLM {OWN_DEVICES}"
+        )
+    return {"XLA_CLIENT_MEM_FRACTION": f"{left:.2f}"}
 
 
 def prepare_environment(c: Config) -> None:
     """Set it, unless the user has settled how JAX takes memory."""
     if not SETTLED & os.environ.keys():
         os.environ.update(jax_environment(c))
+
+
+def kept_asleep(total: float) -> int:
+    """Of `total` bytes, what a sleeping vLLM keeps (its CUDA context, its graphs) and JAX's own context. Not measured."""
+    return int(max(0.05 * total, 2e9))
 
 
 def vllm_share(c: Config, lying: int, total: float | None) -> float | None:
@@ -56,4 +75,4 @@ def vllm_share(c: Config, lying: int, total: float | None) -> float | None:
         return v.gpu_memory_utilization
     if total is None or not takes_turns(c):
         return HALF
-    return min(MOST, max(LEAST, math.floor(100 * (1 - MARGIN - lying / total)) / 100))
+    return min(MOST, max(LEAST, math.floor(100 * (1 - (kept_asleep(total) + lying) / total)) / 100))

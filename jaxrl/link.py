@@ -334,7 +334,9 @@ class Link:
         mine = {"what": what, "value": value}
         if not self.is_first:
             self._channels[0].send(mine)
-            return (await self._values[0].get())["value"]
+            answer = await self._values[0].get()
+            assert answer["what"] == what, f"process 0 is at {answer['what']!r}, {self.name} at {what!r}"
+            return answer["value"]
         self._values[0].put_nowait(mine)
         messages = [await self._values[i].get() for i in range(self.num_processes)]
         for i, message in enumerate(messages):

@@ -33,6 +33,11 @@ class Hardware:
     source: str
     target: str = ""  # the GPU as XLA wants it described
 
+    @property
+    def gpu_memory(self) -> float | None:
+        """`memory` of a GPU, which vLLM may share."""
+        return self.memory if self.platform == "cuda" else None
+
 
 # fmt: off
 _CUDA_DEVICE = (

@@ -29,7 +29,7 @@ from .config import Config
 from .data import PromptDataset, PromptLoader, Truncation
 from .distributed import check_same
 from .doctor import NUM_PROMPTS, Doctor
-from .gpu_memory import takes_turns
+from .gpu_memory import prepare_environment, takes_turns
 from .learner import Learner, rows_of
 from .link import Link
 from .loggers import Metrics, Run, Samples, check_logger, process_log
@@ -91,6 +91,7 @@ class Trainer:
         config_module.check_sources(
             config, model=model is not None, train_dataset=train_dataset is not None, reward=reward is not None
         )
+        prepare_environment(config)
         c = self.config = config
         self.link = Link() if link is None else link
         self.folder = c.run_dir

@@ -108,7 +108,8 @@ class Compression(NamedTuple):
 NO_COMPRESSION = Compression()
 
 # XLA for GPUs and TPUs would add up the gradients of the layers in a second copy, to sum them over replicas after the
-# last layer: as many bytes sent, the gradients twice on a device, and once more on the host that compiles.
+# last layer: about as many bytes sent, the gradients twice on a device, and once more on the host that compiles. (The
+# option takes the place of one of the same name in XLA_FLAGS.)
 IN_PLACE = {"xla_disable_hlo_passes": "while-loop-all-reduce-code-motion"}
 
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 
-from jaxrl import config, gpu_memory
+from jaxrl import config
 from jaxrl.rollout.engine import EngineLost
 
 
@@ -22,8 +22,8 @@ def main() -> None:
     folder, named = tempfile.mkdtemp(prefix="jaxrl-doctor-"), False
     try:
         overrides = [f"trainer.run_dir={folder}/run", "trainer.resume_mode=disable", "rollout.max_probs_diff=null"]
+        overrides.append("rollout.free_cache_engine=false")  # it computes while the engine is awake
         c = config.load(args.config, [*args.overrides, *overrides])
-        gpu_memory.prepare_environment(c)
         from jaxrl.trainer import Trainer  # JAX starts only once the config holds together
 
         agree = examine(Trainer(c, trains=False))

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from jaxrl.config import Config, VllmSection, from_dict
-from jaxrl.gpu_memory import SETTLED, prepare_environment, shares_gpus, vllm_share
+from jaxrl.gpu_memory import SETTLED, jax_environment, kept_asleep, prepare_environment, shares_gpus, vllm_share
 from jaxrl.parallel import make_mesh
 from jaxrl.plan import check
 from jaxrl.plan.programs import roles_of
@@ -37,7 +37,8 @@ def config(*, engine: str = "vllm", mode: str = "sync", free: bool = True, **vll
         (None, {"urls": ("http://host:8000",)}, False),
         (None, {"python": "p", "devices": ("1",)}, True),  # the trainer sees them all
         ("0", {"python": "p", "devices": ("1", "2,3")}, False),
-        ("0,3", {"python": "p", "devices": ("1", "2,3")}, True),
+        ("0, 3", {"python": "p", "devices": ("1", "2,3")}, True),
+        ("0", {"python": "p", "env": {"CUDA_VISIBLE_DEVICES": "1"}}, False),
     ],
 )
 def test_servers_share_the_devices_that_the_trainer_sees(monkeypatch, seen, vllm, shared):
@@ -76,8 +77,14 @@ def test_what_the_user_has_settled_stays():
             assert SETTLED & os.environ.keys() == {name} and os.environ[name] == "mine"
 
 
+def test_a_share_that_leaves_training_nothing_is_refused():
+    with pytest.raises(ValueError, match="gpu_memory_utilization 0.95 leaves training nothing of a GPU"):
+        jax_environment(config(free=False, gpu_memory_utilization=0.95))
+
+
 def test_vllm_gets_what_training_leaves_of_a_gpu():
     assert vllm_share(config(), 30 * 10**9, 80e9) == 0.57  # 1 - 0.05 - 0.375 = 0.575, rounded down
+    assert vllm_share(config(), 6 * 10**9, 24e9) == 0.66  # 2 GB, as 5 % would be too little
     assert vllm_share(config(), 10**6, 80e9) == 0.9
     assert vllm_share(config(), 79 * 10**9, 80e9) == 0.1
     assert vllm_share(config(), 30 * 10**9, None) == 0.5
@@ -97,15 +104,13 @@ def test_a_run_that_leaves_vllm_nothing_is_refused_before_weights_are_read(monke
     roles = roles_of(config(), make_mesh(1, 1, 1))
     training = sum(check.least_memory(config(free=False), roles)[-1].parts.values())
 
-    def gpu_of(total: int):
-        monkeypatch.setattr(check, "_memory_of_gpu", lambda roles: total)
-        monkeypatch.setattr(check, "_memory_of", lambda device: (total, "a small GPU"))
-
-    gpu_of(4 * training)
+    total = training + 40 * 10**9
+    monkeypatch.setattr(check, "_memory_of_gpu", lambda c, roles: total)
+    monkeypatch.setattr(check, "_memory_of", lambda device: (total, "a small GPU"))
     check.check_fits(config(), roles)
-    needs = {need.when: need.parts for need in check.least_memory(config(), roles)}
-    assert "vLLM asleep" not in needs["generation"] and needs["the update of the actor"]["vLLM asleep"] == training // 5
-    share = check.vllm_share_of(config(), roles)
-    assert share is not None and 0.7 < share <= 0.9
+    needs = {need.when: need.parts for need in check.least_memory(config(), roles, gpu=total)}
+    assert "vLLM asleep" not in needs["generation"]
+    assert needs["the update of the actor"]["vLLM asleep"] == kept_asleep(total) == int(0.05 * total)
+    assert check.vllm_share_of(config(), roles) == 0.9
     with pytest.raises(ValueError, match=r"cannot fit: generation needs .* a small GPU .*vLLM.*gpu_memory_utilization"):
-        check.check_fits(config(gpu_memory_utilization=0.99), roles)
+        check.check_fits(config(gpu_memory_utilization=1.0), roles)

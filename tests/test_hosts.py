@@ -162,7 +162,8 @@ def test_any_number_of_processes_takes_the_same_steps_and_a_dead_one_is_survived
 def test_one_step_off_with_servers_is_the_same_on_a_mesh_of_one_process_and_of_two(launch, tmp_path):
     reward = "def sixes(solution_str):\n    return solution_str.count('e') / 6\n"  # of the tokens 5 and 6, d and e
     (tmp_path / "sixes.py").write_text(reward)
-    vllm = {"python": stub_python(tmp_path), "env": {"DRAWS": "1"}, "probe_tolerance": 1e3}
+    env = {"DRAWS": "1", "PAUSE_S": "0.2"}  # so that generation takes longer than the updates
+    vllm = {"python": stub_python(tmp_path), "num_servers": 2, "env": env, "probe_tolerance": 1e3}
     one_step_off = {
         "rollout__engine": "vllm", "rollout__vllm": vllm, "trainer__trainer_mode": "one_step_off",
         "trainer__total_training_steps": 3, "trainer__save_freq": -1, "algorithm__adv_estimator": "grpo",

@@ -130,13 +130,42 @@ def test_the_engines_weights_lie_there_in_updates_where_it_does_not_sleep():
     assert "engine (asleep in updates)" in table(plan("2x2x2")) and "asleep" not in table(awake)
 
 
-def test_a_vllm_that_takes_turns_with_training_has_what_that_leaves():
-    found = dataclasses.replace(plan("2x2x2"), memory=80e9, vllm=0.94)
-    assert found.fits and "vLLM (asleep in updates)      75.20 beside these" in table(found)
-    full = dataclasses.replace(found, resident={"actor": 8 * 10**9})
+def test_a_vllm_on_the_same_gpus_is_in_the_plan_asleep_or_awake(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    c = config(rollout={"engine": "vllm", "vllm": {"python": "/vllm/bin/python"}})
+    topology = described("cpu:8")
+    alone = {p.name: p.peak for p in make_plan(c, topology, only=["update_actor", "values"]).programs}
+    gpu = dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, platform="cuda", memory=80e9))
+    found = make_plan(c, gpu, only=["update_actor", "values"])
+    assert {p.name: p.peak - 4 * 10**9 for p in found.programs} == alone  # a twentieth of it
+    assert found.fits and found.vllm == 72 * 10**9
+    assert "vLLM                          72.00 beside these, while it generates" in table(found)
+    overlapping = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, free_cache_engine=False))
+    always = make_plan(overlapping, gpu, only=["values"]).programs[0]
+    assert always.peak - alone["values"] == 40 * 10**9
+    full = dataclasses.replace(found, resident={"actor": 9 * 10**9})
     assert not full.fits and verdict(full).startswith(
-        "does not fit: while vLLM generates, 8.0 GB of training lie on a device of 80.0, and vLLM has 0.94 of it. "
+        "does not fit: while vLLM generates, 9.0 GB of training lie on a device of 80.0, and vLLM has 72.0. Lower rollout.vllm"
     )
+
+
+def test_a_cache_lies_beside_an_update_where_the_next_step_is_generated_meanwhile():
+    changes = {
+        "trainer": {"trainer_mode": "one_step_off"},
+        "algorithm": {"rollout_correction": {"rollout_is": "token"}},
+    }
+    c = config("1x1x1", **changes)
+    roles, topology = roles_of(c, make_mesh(1, 1, 1)), described("cpu:1")
+    needs = {need.when: need.parts for need in check.least_memory(c, roles)}
+    lying = {"weights of the engine", "KV cache"}
+    assert lying <= needs["the update of the actor"].keys() and not lying & {
+        name for need in check.least_memory(config("1x1x1"), roles) if "update" in need.when for name in need.parts
+    }
+    with_cache, without = (
+        make_plan(each, topology, only=["update_actor"]).programs[0].peak
+        for each in (c, config("1x1x1", rollout={"free_cache_engine": False}))
+    )
+    assert with_cache - without == needs["generation"]["KV cache"]
 
 
 def test_an_export_gathers_one_tensor_at_a_time_and_brings_all_of_them_to_a_host():

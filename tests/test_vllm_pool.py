@@ -394,6 +394,45 @@ def test_a_server_that_dies_in_its_sleep_is_not_started_before_there_is_memory_f
     run(work())
 
 
+def test_a_server_that_does_not_fall_asleep_is_ended_and_started_again_when_there_is_memory(tmp_path):
+    server = local(tmp_path, SLEEPLESS="1")
+
+    async def work():
+        async with opened([server]) as pool:
+            await pool.install(Weights(1))
+            await pool.sleep()
+            assert server.process is not None
+            while server.process.ended() is None:
+                await asyncio.sleep(0.05)
+            assert server.state == STARTING and "Memory usage increased after sleeping" in server.reason
+            with pytest.raises(RuntimeError, match="the servers sleep: update_weights comes before generate"):
+                await pool.answer(jobs(3), SAMPLING, None)
+            await pool.install(Weights(2))
+            ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+            assert answers[0].labels == {"run:2"}
+
+    run(work())
+
+
+def test_a_server_that_starts_is_not_forgotten_when_the_others_fall_asleep(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    servers = [local(folders[0]), local(folders[1], WAIT_FOR=str(tmp_path / "now"))]
+
+    async def work():
+        async with opened(servers) as pool:
+            await pool.install(Weights(1))
+            sleeping = asyncio.ensure_future(pool.sleep())
+            await asyncio.sleep(0.5)
+            assert not sleeping.done() and [server.state for server in servers] == [SERVING, STARTING]
+            (tmp_path / "now").touch()
+            await sleeping
+            assert [server.state for server in servers] == [ASLEEP, ASLEEP]
+
+    run(work())
+
+
 def test_servers_that_somebody_else_started_do_not_sleep(stubs):
     async def work():
         async with opened(at(stubs[0].url)) as pool:

@@ -188,8 +188,10 @@ def main(given: str) -> None:
     poison = spec["env"].get("POISON")  # a token whose prompt ends the server
 
     def generate(message: Any) -> Reply:
-        if "prompt_logprobs" not in message["sampling_params"] and str(message["token_ids"][0]) == poison:
-            os._exit(1)
+        if "prompt_logprobs" not in message["sampling_params"]:
+            time.sleep(float(spec["env"].get("PAUSE_S", 0)))
+            if str(message["token_ids"][0]) == poison:
+                os._exit(1)
         return stub.usual(GENERATE, message)
 
     def load(message: Any) -> Reply:
@@ -199,6 +201,8 @@ def main(given: str) -> None:
         return stub.usual(RPC, message)
 
     stub.answers |= {GENERATE: generate, "jaxrl_load": load}
+    if "SLEEPLESS" in spec["env"]:
+        stub.answers[f"{SLEEP}?level=2"] = lambda _: (500, {"error": "Memory usage increased after sleeping."})
     while os.read(0, 1):
         pass
 

@@ -23,6 +23,7 @@ MAY_CHANGE = {
     "reward.model.offload",
     "actor.ppo_max_token_len_per_gpu",
     "critic.ppo_max_token_len_per_gpu",
+    "rollout.free_cache_engine",
     "trainer.row_length",
     "trainer.share_prompt",
     "trainer.total_epochs",

@@ -13,19 +13,18 @@ from typing import Any, NamedTuple
 import jax
 
 from ..config import Config
-from ..gpu_memory import MARGIN, takes_turns, vllm_share
+from ..gpu_memory import OWN_DEVICES, takes_turns, vllm_share
 from ..reward_model import RewardModel
 from ..roles import Roles
 from ..rollout.lowering import cache_bytes
 from ..topology import hardware_named
 from .costs import bytes_of
-from .memory import compiled_or_refused, lying, memory_of
+from .memory import VLLM, compiled_or_refused, lying, memory_of, with_vllm
 from .programs import batches_of, engine_of, lowered_publication, run_of, updates_of
 
 GB = 1e9
 SWEEP = "`scripts/plan.py --sweep` finds what fits"
 WORK = "activations and gradients"
-VLLM = "vLLM"
 
 
 class Need(NamedTuple):
@@ -39,55 +38,56 @@ class Need(NamedTuple):
         return sum(self.parts.values())
 
 
-def least_memory(c: Config, roles: Roles, reward: RewardModel | None = None) -> list[Need]:
-    """Of generation in training, and of the updates of critic and actor.
+def least_memory(c: Config, roles: Roles, reward: RewardModel | None = None, *, gpu: float | None = None) -> list[Need]:
+    """Of generation in training, and of the updates of critic and actor. `gpu`: bytes of each device, if they are GPUs.
 
     Validation and later turns may ask for more, or for less: answers are shorter than they may be, and a cache grows as
     it is needed. A plan has them at their largest.
     """
-    resident = lying(run_of(c, roles, reward))[0]
+    run = with_vllm(run_of(c, roles, reward), c, gpu)
+    learning = resident = lying(run)[0]
     needs = []
-    if takes_turns(c) and (total := _memory_of_gpu(roles)):
-        share = vllm_share(c, sum(resident.values()), total)
-        needs.append(Need("generation", resident | {VLLM: int((share or 1.0) * total)}))
+    if run.answering:
+        needs.append(Need("generation", resident | run.answering))
     if c.rollout.engine == "jax":
         engine = engine_of(c, roles)
         answering = resident | {"weights of the engine": bytes_of(lowered_publication(engine, roles).out_info)}
-        cache = cache_bytes(engine, batches_of(c)["gen"].largest(engine))
-        needs.append(Need("generation", answering | {"KV cache": cache}))
-        resident = resident if c.engine_sleeps else answering
-    resident |= _asleep(c, roles)
+        answering["KV cache"] = cache_bytes(engine, batches_of(c)["gen"].largest(engine))
+        needs.append(Need("generation", answering))
+        if c.trainer.trainer_mode != "sync":
+            learning = answering
+        elif not c.engine_sleeps:
+            learning = {name: size for name, size in answering.items() if name != "KV cache"}
     for role in ("critic", "actor"):
         if role in resident:
             trained = roles.abstract_state()[role].trained
-            needs.append(Need(f"the update of the {role}", resident | {"gradients": bytes_of(trained)}))
+            parts = learning | run.learning | {"gradients": bytes_of(trained)}
+            needs.append(Need(f"the update of the {role}", parts))
     return needs
 
 
 def vllm_share_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> float | None:
     """`rollout.vllm.gpu_memory_utilization` of this run, on the devices that are here."""
-    return vllm_share(c, sum(lying(run_of(c, roles, reward))[0].values()), _memory_of_gpu(roles))
+    return vllm_share(c, sum(lying(run_of(c, roles, reward))[0].values()), _memory_of_gpu(c, roles))
 
 
 def check_fits(c: Config, roles: Roles, reward: RewardModel | None = None) -> None:
     """Raises ValueError, with what lies where and what to change, for a run that cannot fit on the mesh's devices."""
-    _refuse(roles, least_memory(c, roles, reward))
+    _refuse(roles, least_memory(c, roles, reward, gpu=_memory_of_gpu(c, roles)))
 
 
 def check_updates_fit(c: Config, roles: Roles, reward: RewardModel | None = None) -> None:
     """The same by XLA's account of the updates of critic and actor, which are compiled here and not again."""
-    run, needs = updates_of(c, roles, reward), []
-    resident, asleep = lying(run)[0], _asleep(c, roles)
+    run, needs = with_vllm(updates_of(c, roles, reward), c, _memory_of_gpu(c, roles)), []
     for work in run.work:
-        compiled, role = compiled_or_refused(work.lower()), work.name.removeprefix("update_")
-        if isinstance(compiled, str):
-            raise ValueError(
-                f"this run cannot fit: XLA does not compile the update of the {role} ({compiled}): {SWEEP}"
-            )
-        memory = memory_of(compiled, work, run)
-        needs.append(
-            Need(f"the update of the {role}", resident | asleep | {WORK: memory.peak - sum(resident.values())})
+        when = (
+            f"the update of the {work.name.removeprefix('update_')}" if work.learns else "scoring by the reward model"
         )
+        compiled = compiled_or_refused(work.lower())
+        if isinstance(compiled, str):
+            raise ValueError(f"this run cannot fit: XLA does not compile {when} ({compiled}): {SWEEP}")
+        parts = lying(run)[0] | (run.learning if work.learns else run.answering)
+        needs.append(Need(when, parts | {WORK: memory_of(compiled, work, run).peak - sum(parts.values())}))
     _refuse(roles, needs)
 
 
@@ -104,7 +104,7 @@ def _refuse(roles: Roles, needs: list[Need]) -> None:
     if parts[0][0] == "KV cache":
         cures.insert(0, "a smaller rollout.max_num_seqs")
     if VLLM in worst.parts:
-        cures.insert(0, "a smaller rollout.vllm.gpu_memory_utilization, or devices of its own (rollout.vllm.devices)")
+        cures.insert(0, f"a smaller rollout.vllm.gpu_memory_utilization, or {OWN_DEVICES}")
     if parts[0][0] == WORK:
         cures.insert(0, "a smaller ppo_max_token_len_per_gpu of that role, or model.remat=full")
     raise ValueError(
@@ -113,15 +113,10 @@ def _refuse(roles: Roles, needs: list[Need]) -> None:
     )
 
 
-def _asleep(c: Config, roles: Roles) -> dict[str, int]:
-    """What a vLLM keeps of our GPU while it sleeps: its CUDA context."""
-    total = _memory_of_gpu(roles)
-    return {"vLLM asleep": int(MARGIN * total)} if total and takes_turns(c) else {}
-
-
-def _memory_of_gpu(roles: Roles) -> float | None:
+def _memory_of_gpu(c: Config, roles: Roles) -> float | None:
+    """Of a GPU on which vLLM takes turns with us; where each has its share, ours is all that JAX sees."""
     device = roles.mesh.local_devices[0]
-    return _memory_of(device)[0] if device.platform == "gpu" else None
+    return _memory_of(device)[0] if device.platform == "gpu" and takes_turns(c) else None
 
 
 def _memory_of(device: Any) -> tuple[float | None, str]:

@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ..config import Config
+from ..gpu_memory import kept_asleep, shares_gpus, takes_turns, vllm_share
 from .costs import bytes_of, waiting_bytes
 from .programs import Run, Work
+
+VLLM = "vLLM"
 
 
 class Memory(NamedTuple):
@@ -61,7 +65,19 @@ def memory_of_refused(words: str, work: Work, run: Run) -> Memory:
 
 def beside(work: Work, run: Run) -> int:
     """Bytes that lie on a device and are not the program's."""
-    return sum(size for name, size in lying(run)[0].items() if name not in (*work.uses, *work.frees))
+    gone = {*work.uses, *work.frees, *(run.asleep if work.learns else ())}
+    others = run.learning if work.learns else run.answering
+    return sum(size for name, size in lying(run)[0].items() if name not in gone) + sum(others.values())
+
+
+def with_vllm(run: Run, c: Config, gpu: float | None) -> Run:
+    """The run beside a vLLM that shares its GPUs, which have so many bytes; None: there are none, or JAX has its share."""
+    if gpu is not None and c.rollout.engine == "vllm" and shares_gpus(c.rollout.vllm):
+        share = vllm_share(c, sum(lying(run)[0].values()), gpu)
+        assert share is not None
+        run.answering = {VLLM: int(share * gpu)}
+        run.learning = {"vLLM asleep": kept_asleep(gpu)} if takes_turns(c) else run.answering
+    return run
 
 
 def waiting(work: Work, run: Run) -> tuple[int, int]:

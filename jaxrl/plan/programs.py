@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from ..collector import sampling_of
 from ..config import Config
+from ..gpu_memory import takes_turns
 from ..learner import micro_batches_of
 from ..models.config import ModelConfig
 from ..models.logprobs import chunk_slots
@@ -29,7 +30,7 @@ from ..reward_model import RewardModel
 from ..roles import Roles
 from ..rollout.engine import Sampling
 from ..rollout.jax_engine import JaxEngine, Largest
-from ..rollout.lowering import lower_largest, lower_unstack, outputs
+from ..rollout.lowering import cache_bytes, lower_largest, lower_unstack, outputs
 from ..update import Programs, TrainState, merge
 from ..weights.hf_names import flatten, in_order
 from ..weights.pretrained import Pretrained
@@ -59,6 +60,7 @@ class Work:
     fetched: int = 0  # bytes that each host takes from its devices
     trains: TrainState | None = None  # of an update
     whole: tuple[str, ...] = ()  # of `uses`, what comes whole where it waits in host memory, and not layer by layer
+    learns: bool = False  # the engine may be asleep then
 
     @property
     def micro_batches(self) -> int:
@@ -71,8 +73,12 @@ class Run:
     """What lies on the devices throughout, by name, and the programs in the order of a step."""
 
     mesh: Mesh
-    resident: dict[str, Tree] = field(default_factory=dict)  # shapes with shardings; `Work.frees` says when not
+    resident: dict[str, Tree] = field(default_factory=dict)  # shapes with shardings
     offloaded: frozenset[str] = frozenset()  # of their names, those that wait in host memory
+    asleep: frozenset[str] = frozenset()  # and those that are let go while it learns
+    # Bytes of what is no argument of a program: beside what learns, and beside the rest.
+    learning: dict[str, int] = field(default_factory=dict)
+    answering: dict[str, int] = field(default_factory=dict)
     work: list[Work] = field(default_factory=list)
 
 
@@ -95,11 +101,15 @@ def programs_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> R
 
 
 def updates_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
-    """The updates of critic and actor, with all that lies beside them."""
+    """The updates of critic and actor, with all that lies beside them; and what scores beside a vLLM that is awake."""
     run = run_of(c, roles, reward)
     if c.rollout.engine == "jax" and not c.engine_sleeps:
-        run.resident["engine"] = outputs(lowered_publication(engine_of(c, roles), roles))
+        engine = engine_of(c, roles)
+        run.resident["engine"] = outputs(lowered_publication(engine, roles))
+        run.learning = _overlapping(c, engine)
     run.work = [work for work in _training(c, roles) if work.kind == "update"]
+    if reward is not None and takes_turns(c):
+        run.work.append(_scoring(c, reward))
     return run
 
 
@@ -122,7 +132,8 @@ def run_of(c: Config, roles: Roles, reward: RewardModel | None = None) -> Run:
     of_critic = {"optimizer": "critic optimizer", "params": "critic"}
     offloaded = {of_actor[what] for what in c.actor.offload} | {of_critic[what] for what in c.critic.offload}
     offloaded |= {"ref" for _ in c.ref.offload} | {"reward model" for _ in c.reward.model.offload}
-    return Run(roles.mesh, resident, frozenset(offloaded & resident.keys()))
+    asleep = frozenset({"engine"} if c.engine_sleeps else ())
+    return Run(roles.mesh, resident, frozenset(offloaded & resident.keys()), asleep)
 
 
 def _scoring(c: Config, reward: RewardModel) -> Work:
@@ -137,7 +148,6 @@ def _training(c: Config, roles: Roles) -> list[Work]:
     d, sequences, state = c.data, c.data.train_batch_size * c.rollout.n, roles.abstract_state()
     mini_batch = c.actor.ppo_mini_batch_size * c.rollout.n
     platform = roles.mesh.devices.flat[0].platform
-    frees = ("engine",) if c.engine_sleeps else ()
 
     def work(
         name: str, kind: str, programs: Programs, lower: Callable, num: int, max_tokens: int, uses: tuple[str, ...],
@@ -149,7 +159,7 @@ def _training(c: Config, roles: Roles) -> list[Work]:
         chunks = -(-targets * (R // ways) // chunk_slots(ways, R // ways * T, platform))
         return Work(
             name, lambda: lower(shape), programs.config, kind, rows=R, columns=T, targets=targets, loops=(M, chunks),
-            mesh=programs.mesh, uses=uses, frees=frees, **more,
+            mesh=programs.mesh, uses=uses, learns=True, **more,
         )  # fmt: skip
 
     def update(
@@ -185,7 +195,7 @@ def _preparation(c: Config, roles: Roles) -> Work:
     given["baselines"] = "baselines" in ingredients(c.algorithm)
     shape = c.data.train_batch_size * c.rollout.n, c.data.max_response_length
     lower = partial(lower_prepare, c.algorithm, shape, replicated(roles.mesh), [n for n in given if given[n]])
-    return Work("prepare", lower, roles.model, "move")
+    return Work("prepare", lower, roles.model, "move", learns=True)
 
 
 def _export(c: Config, roles: Roles) -> Work:
@@ -208,7 +218,7 @@ def _export(c: Config, roles: Roles) -> Work:
     uses = ("actor", "base") if roles.has_adapters else ("actor",)
     return Work(
         "export", lambda: program.lower(variables), roles.model, "move", calls=int(published), uses=uses,
-        frees=("engine",), fetched=fetched,
+        frees=("engine",), fetched=fetched, learns=True,
     )  # fmt: skip
 
 
@@ -252,6 +262,13 @@ def lowered_publication(engine: JaxEngine, roles: Roles) -> jax.stages.Lowered:
     return lower_unstack(engine, merge(roles.abstract_state()["actor"].trained, roles.abstract_frozen))
 
 
+def _overlapping(c: Config, engine: JaxEngine) -> dict[str, int]:
+    """What lies beside an update because the next step's responses are generated meanwhile."""
+    if c.trainer.trainer_mode == "sync":
+        return {}
+    return {"KV cache": cache_bytes(engine, batches_of(c)["gen"].largest(engine))}
+
+
 def _generation(run: Run, c: Config, roles: Roles) -> tuple[list[Work], Work]:
     """The engine's programs, and the one that gives it new weights. What it holds joins `run.resident`.
 
@@ -260,6 +277,8 @@ def _generation(run: Run, c: Config, roles: Roles) -> tuple[list[Work], Work]:
     engine = engine_of(c, roles)
     unstack = lowered_publication(engine, roles)
     run.resident["engine"] = weights = outputs(unstack)
+    if not c.engine_sleeps:
+        run.learning = _overlapping(c, engine)
     batches = batches_of(c)
     training, generation = batches["gen"].largest(engine), []
     for name, batch in batches.items():

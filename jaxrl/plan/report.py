@@ -16,13 +16,13 @@ from typing import Any
 import jax
 
 from ..config import Config
-from ..gpu_memory import takes_turns, vllm_share
+from ..gpu_memory import OWN_DEVICES
 from ..parallel import make_mesh
 from ..reward_model import reward_model_of
 from ..topology import Hardware, Topology
 from .costs import cost
 from .hlo import Facts, facts
-from .memory import compiled_or_refused, lying, memory_of, memory_of_refused
+from .memory import VLLM, compiled_or_refused, lying, memory_of, memory_of_refused, with_vllm
 from .programs import Run, Work, programs_of, roles_of
 from .sources import described_model
 
@@ -78,7 +78,7 @@ class Plan:
     resident: dict[str, int]  # bytes on a device throughout, by name
     resident_host: dict[str, int]
     asleep: tuple[str, ...] = ()  # of `resident`, what is let go while the updates run
-    vllm: float | None = None  # share of a device that vLLM takes while nothing trains, where they take turns
+    vllm: int = 0  # bytes on a device of a vLLM that generates while nothing trains, where they take turns
     programs: list[Program] = field(default_factory=list)
 
     @property
@@ -90,9 +90,9 @@ class Plan:
         return max(self.peak, self.generating) <= self.memory and not any(p.refused for p in self.programs)
 
     @property
-    def generating(self) -> float:
+    def generating(self) -> int:
         """Bytes on a device while a vLLM answers there."""
-        return 0.0 if self.vllm is None else sum(self.resident.values()) + self.vllm * self.memory
+        return sum(self.resident.values()) + self.vllm
 
     @property
     def step_seconds(self) -> float:
@@ -120,24 +120,13 @@ def make_plan(c: Config, topology: Topology, *, only: Collection[str] | None = N
     """
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices=topology.devices)
     run = programs_of(c, roles_of(c, mesh), reward_model_of(c, mesh, described_model))
-    device, host = lying(run)
     hardware = topology.hardware
-    meshes = {name: _mesh_shape(tree) for name, tree in run.resident.items()}
-    asleep = ("engine",) if c.engine_sleeps else ()
-    turns = takes_turns(c) and hardware.platform == "cuda"
-    vllm = vllm_share(c, sum(device.values()), hardware.memory) if turns else None
+    run, (device, host) = with_vllm(run, c, hardware.gpu_memory), lying(run)
     plan = Plan(
-        topology.name,
-        hardware.name,
-        hardware.source,
-        hardware.memory,
-        dict(mesh.shape),
-        meshes,
-        device,
-        host,
-        asleep,
-        vllm,
-    )
+        topology=topology.name, hardware=hardware.name, source=hardware.source, memory=hardware.memory,
+        mesh=dict(mesh.shape), meshes={name: _mesh_shape(tree) for name, tree in run.resident.items()},
+        resident=device, resident_host=host, asleep=tuple(run.asleep), vllm=run.answering.get(VLLM, 0),
+    )  # fmt: skip
     names = [work.name for work in run.work]
     if unknown := set(only or ()) - set(names):
         raise ValueError(f"the run has no program {', '.join(sorted(unknown))}: it has {', '.join(names)}")
@@ -203,10 +192,10 @@ def table(plan: Plan) -> str:
     lines.append(
         f"  {'all':<26} {sum(plan.resident.values()) / 1e9:>8.2f} {sum(plan.resident_host.values()) / 1e9:>18.2f}"
     )
-    if plan.vllm is not None:
+    if plan.vllm:
         lines.append(
-            f"  {'vLLM (asleep in updates)':<26} {plan.vllm * plan.memory / 1e9:>8.2f} beside these, while it generates: "
-            f"rollout.vllm.gpu_memory_utilization is {plan.vllm:g}"
+            f"  {'vLLM':<26} {plan.vllm / 1e9:>8.2f} beside these, while it generates: "
+            f"rollout.vllm.gpu_memory_utilization is {plan.vllm / plan.memory:.2f}"
         )
     lines += [
         "",
@@ -248,7 +237,8 @@ def verdict(plan: Plan) -> str:
         lying = sum(plan.resident.values()) / 1e9
         return (
             f"does not fit: while vLLM generates, {lying:.1f} GB of training lie on a device of {plan.memory / 1e9:.1f}, and "
-            f"vLLM has {plan.vllm:g} of it. {advice(plan, worst)}, or give vLLM devices of its own (rollout.vllm.devices)"
+            f"vLLM has {plan.vllm / 1e9:.1f}. Lower rollout.vllm.gpu_memory_utilization, raise mesh.fsdp or mesh.tensor, let "
+            f"more wait in host memory (actor.offload, critic.offload, ref.offload), or give vLLM {OWN_DEVICES}"
         )
     if plan.fits:
         return f"fits: {left:.1f} GB of {plan.memory / 1e9:.1f} left at the peak, in {worst.name}"

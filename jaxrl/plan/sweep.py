@@ -68,7 +68,7 @@ def _first_that_fits(
     where = f"mesh {'x'.join(map(str, mesh.values()))}, in host memory {' and '.join(offload) or 'nothing'}"
     devices = make_mesh(**mesh, devices=topology.devices)
     roles, reward = roles_of(c, devices), reward_model_of(c, devices, described_model)
-    least = max(need.total for need in least_memory(c, roles, reward))
+    least = max(need.total for need in least_memory(c, roles, reward, gpu=topology.hardware.gpu_memory))
     if least > topology.hardware.memory:
         say(f"{where}: {least / 1e9:.1f} GB without activations")
         return None

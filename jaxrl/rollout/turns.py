@@ -221,7 +221,7 @@ def _appended(rollout: Rollout, ids: list[int]) -> Rollout:
 
 
 def _joined(rollout: Rollout, answer: Rollout) -> Rollout:
-    """One response of the two. Its version is the older one's, should an engine ever change weights in between."""
+    """One response of the two. Its version is the older one's, where the engine was given new weights in between."""
     return replace(
         rollout,
         token_ids=np.concatenate([rollout.token_ids, answer.token_ids]),

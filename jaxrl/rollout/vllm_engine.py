@@ -111,8 +111,12 @@ class VllmEngine:
 
     @property
     def answers_while_it_loads(self) -> bool:
-        """With several servers: those that are idle first take the new weights while the others answer to the end."""
-        return max(len(self.settings.urls), self.settings.num_servers) > 1
+        """With several servers: those that are idle first take the new weights while the others answer to the end.
+
+        Of several processes two threads would speak over `Link` at a time.
+        """
+        num_servers = len(self.settings.urls) or self.settings.num_servers
+        return self._link.num_processes == 1 and num_servers > 1
 
     @property
     def weights_gb(self) -> float:
@@ -124,7 +128,8 @@ class VllmEngine:
     def update_weights(self, variables: Tree, version: int) -> None:
         """Publish these weights as `version`: every server that serves has them when this returns.
 
-        Raises ValueError where a server refuses them (those before go on answering), EngineLost where no server is left.
+        Raises ValueError where they are refused (those before go on answering, unless the servers sleep), EngineLost
+        where no server is left.
         """
         info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
         if self.settings.publish == "adapter":
@@ -153,8 +158,8 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Servers on the trainer's devices give back their memory, and lose their weights, until the next version."""
-        if self.sleeps:
-            self._link.first("sleep of the servers", lambda: self._call(self.pool.sleep()))
+        # Process 0 decides for all: each may see other devices of its host.
+        self._link.first("sleep of the servers", lambda: self._call(self.pool.sleep()) if self.sleeps else None)
 
     def close(self) -> None:
         if not self._link.is_first or self._loop.is_closed():

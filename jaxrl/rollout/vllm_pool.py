@@ -169,7 +169,8 @@ class Pool:
                 self.restarts += 1
             server.gone = asyncio.Event()
             try:
-                if server.process is not None:
+                if self.is_asleep and server.process is not None:
+                    await self._end(server)  # what is left of it holds memory that is another's now
                     await self._until(lambda: not self.is_asleep)
                 await self._start(server)
                 while not await self._serves(server):
@@ -295,9 +296,10 @@ class Pool:
 
     async def sleep(self) -> None:
         """The servers that were started here give their memory back until `install`. They have answered everything."""
+        own = [server for server in self.servers if server.process is not None]
+        await self._until(lambda: all(server.state in (SERVING, DEAD) for server in own))  # one may have been lost
         self.is_asleep = True
-        own = [server for server in self.servers if server.process is not None and server.state == SERVING]
-        await asyncio.gather(*(self._put_to_sleep(server) for server in own))
+        await asyncio.gather(*(self._put_to_sleep(server) for server in own if server.state == SERVING))
 
     async def _put_to_sleep(self, server: Server) -> None:
         gone, client = server.gone, server.client
@@ -352,6 +354,8 @@ class Pool:
 
     async def _replace(self, server: Server) -> None:
         gone, wakes = server.gone, server.state == ASLEEP
+        if server.state not in (SERVING, ASLEEP):
+            return  # it was lost a moment ago
         await self._set(server, DRAINING)
         async with self._changed:
             await self._changed.wait_for(lambda: server.in_flight == 0 or gone.is_set())
@@ -393,9 +397,12 @@ class Pool:
         try:
             if server.content != manifest.digest:  # else only the version is another: the weights have not changed
                 await self._replace_weights(server, publication)
-        finally:
-            if wakes:  # after the load, which needs memory of its own for a moment
+        except Refused:
+            if wakes:
                 await client.wake_up("kv_cache")
+            raise
+        if wakes:  # after the load, which needs memory of its own for a moment
+            await client.wake_up("kv_cache")
         await client.set_version(publication.label)
         await client.reset_cache()
         await self._probe(server, publication)
@@ -440,6 +447,8 @@ class Pool:
         self, jobs: Sequence[Job], sampling: Sampling, report: Report | None
     ) -> list[tuple[Job, list[Answer], str]]:
         """The answers to every job, in order, with the label of the weights that gave them."""
+        if self.is_asleep:
+            raise RuntimeError("the servers sleep: update_weights comes before generate")
         assert self.current is not None, "generate before the first update_weights"
         waiting = deque(range(len(jobs)))
         self._unasked += len(jobs)

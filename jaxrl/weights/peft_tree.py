@@ -98,6 +98,7 @@ def load_lora(adapter: Adapter, config: ModelConfig, abstract_lora: Tree) -> Tre
     """
     needed = lora_settings(adapter, config)
     assert needed["lora_rank"] <= config.lora_rank, "the model's rank is too small for the adapter"
+    assert set(needed["lora_targets"]) <= set(config.lora_targets), "the model lacks matrices that the adapter adapts"
     table, sizes = lora_rows(config), {**axis_sizes(config), "r": config.lora_rank}
     _check_blocks(adapter, config)
     checkpoint = _filled_up(adapter, config, table, sizes)

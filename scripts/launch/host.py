@@ -51,12 +51,13 @@ def server_commands(c: Config) -> list[tuple[str, list[str]]]:
         raise ValueError("set VLLM_API_KEY to one key for all vLLM servers and trainers of the run")
     longest = c.data.max_prompt_length + c.data.max_response_length
     python = os.environ.get("VLLM_PYTHON", sys.executable)
+    share = v.gpu_memory_utilization or (None if "VLLM_DEVICES" in os.environ else HALF)
     assert c.model.path is not None, "a config in a file names its model"
     return [
         (url, [
             python, str(SCRIPTS / "serve_vllm.py"), str(resolve(c.model.path)), "--host", "0.0.0.0",
             "--port", str(urlsplit(url).port or 8000), "--dtype", v.dtype, "--max-model-len", str(longest),
-            "--max-num-seqs", str(c.rollout.max_num_seqs), "--gpu-memory-utilization", str(v.gpu_memory_utilization or HALF),
+            "--max-num-seqs", str(c.rollout.max_num_seqs), *([] if share is None else ["--gpu-memory-utilization", str(share)]),
             "--lora-rank", str(c.model.lora_rank if v.publish == "adapter" else 0),
         ])
         for url in urls
