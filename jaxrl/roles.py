@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .algorithms.choose import choose
 from .algorithms.kl import KL_ESTIMATORS
@@ -336,7 +337,8 @@ def load_base(
 def _new_head(config: ModelConfig, missing: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays of a score head that no checkpoint holds, by path."""
     if config.module is None:
-        return {path: jnp.zeros(x.shape, x.dtype, device=x.sharding) for path, x in missing.items()}
+        # From numpy: jnp.zeros refuses the host memory of a single device.
+        return {path: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding) for path, x in missing.items()}
     make = jax.jit(
         lambda key: {
             path: x.astype(missing[path].dtype)

@@ -316,6 +316,10 @@ CHOICES = {
         "mesh__data": 2, "mesh__fsdp": 1, "mesh__tensor": 2, "rollout__tensor_model_parallel_size": 1,
         "trainer__save_freq": 2,
     },
+    "all that can wait in host memory, on one device, in bfloat16": {
+        "actor__offload": ["optimizer", "params"], "critic__offload": ["optimizer", "params"],
+        "actor__param_dtype": "bfloat16", "critic__param_dtype": "bfloat16", "trainer__save_freq": 2,
+    },
 }  # fmt: skip
 
 
