@@ -122,7 +122,7 @@ def served(request) -> Served:
 
 def both_serve(served: Served) -> list[Server]:
     pool = served.engine.pool
-    ready = pool._until(lambda: all(server.state == SERVING for server in pool.servers))
+    ready = pool.until(lambda: all(server.state == SERVING for server in pool.servers))
     served.engine._call(asyncio.wait_for(ready, 120.0))
     return pool.servers
 

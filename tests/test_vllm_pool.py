@@ -19,8 +19,9 @@ from jaxrl.rollout.engine import EngineLost, Sampling
 from jaxrl.rollout.protocol import Manifest, Refused, Tensor
 from jaxrl.rollout.vllm_adapter import GENERATE, INFO, ServerSpec
 from jaxrl.rollout.vllm_client import Client
-from jaxrl.rollout.vllm_pool import ASLEEP, DEAD, SERVING, STARTING, Job, Pool, Server
+from jaxrl.rollout.vllm_pool import ASLEEP, DEAD, SERVING, STARTING, Pool, Server
 from jaxrl.rollout.vllm_process import ServerProcess
+from jaxrl.rollout.vllm_requests import Job, answer
 
 SAMPLING = Sampling(max_tokens=3)
 
@@ -129,10 +130,10 @@ def test_a_request_that_always_ends_its_server_ends_the_run_after_max_restarts(t
     async def work():
         async with opened([server], max_restarts=2) as pool:
             await pool.install(Weights(1))
-            answered = await pool.answer(jobs(3), SAMPLING, None)
+            answered = await answer(pool, jobs(3), SAMPLING, None)
             assert [label for _, _, label in answered] == ["run:1"]
             with pytest.raises(EngineLost, match="server 0: "):
-                await pool.answer(jobs(7), SAMPLING, None)
+                await answer(pool, jobs(7), SAMPLING, None)
             assert (pool.restarts, server.state) == (2, DEAD)
 
     run(work())
@@ -152,12 +153,12 @@ def test_after_a_refusal_by_one_of_two_servers_both_answer_with_the_weights_befo
 
     async def work():
         async with opened(at(*(stub.url for stub in stubs))) as pool:
-            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.until(lambda: all(server.info for server in pool.servers))
             await pool.install(Weights(1))
             with pytest.raises(Refused, match="version 2 is not for me"):
                 await pool.install(Weights(2))
             assert stubs[0].loaded == ["/exports/v1", "/exports/v2", "/exports/v1"]
-            answered = await pool.answer(jobs(*range(3, 30)), SAMPLING, None)
+            answered = await answer(pool, jobs(*range(3, 30)), SAMPLING, None)
             assert {label for _, _, label in answered} == {"run:1"}
             assert all(stub.num_answered for stub in stubs)
 
@@ -170,12 +171,12 @@ def test_a_server_that_starts_while_others_refuse_gets_the_weights_before(stubs)
 
     async def work():
         async with opened(at(*(stub.url for stub in stubs))) as pool:
-            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.until(lambda: all(server.info for server in pool.servers))
             await pool.install(Weights(1))
             await pool.lost(pool.servers[1], pool.servers[1].gone, "for the test")
             with pytest.raises(Refused):
                 await pool.install(Weights(2))
-            await pool._until(lambda: all((s.state, s.label) == (SERVING, "run:1") for s in pool.servers))
+            await pool.until(lambda: all((s.state, s.label) == (SERVING, "run:1") for s in pool.servers))
 
     run(work())
 
@@ -185,11 +186,11 @@ def test_an_answer_to_a_load_that_nobody_foresaw_starts_the_server_again(stubs):
 
     async def work():
         async with opened(at(*(stub.url for stub in stubs))) as pool:
-            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.until(lambda: all(server.info for server in pool.servers))
             await pool.install(Weights(1))
-            await pool._until(lambda: pool.servers[0].state == DEAD)
+            await pool.until(lambda: pool.servers[0].state == DEAD)
             assert "what is that?" in pool.servers[0].reason
-            assert len(await pool.answer(jobs(3, 4), SAMPLING, None)) == 2
+            assert len(await answer(pool, jobs(3, 4), SAMPLING, None)) == 2
 
     run(work())
 
@@ -223,7 +224,7 @@ def test_of_what_is_installed_for_the_trainer_a_server_sees_jaxrl_alone(tmp_path
 
 
 def test_a_reply_that_is_lost_while_its_server_lives_is_asked_for_again(stubs, monkeypatch):
-    monkeypatch.setattr("jaxrl.rollout.vllm_pool.SLOWEST_S", 0.1)
+    monkeypatch.setattr("jaxrl.rollout.vllm_requests.SLOWEST_S", 0.1)
     lost = []
 
     def generate(message):
@@ -237,7 +238,7 @@ def test_a_reply_that_is_lost_while_its_server_lives_is_asked_for_again(stubs, m
     async def work():
         async with opened(at(stubs[0].url), stall_timeout_s=1.0) as pool:
             await pool.install(Weights(1))
-            assert len(await pool.answer(jobs(3), SAMPLING, None)) == 1
+            assert len(await answer(pool, jobs(3), SAMPLING, None)) == 1
             assert "it was waited for 2 s for a response in vain" in pool.servers[0].reason
 
     run(work(), timeout_s=15.0)
@@ -255,8 +256,8 @@ def test_a_connection_that_nobody_answers_is_found_dead_by_tcp(stubs):
     run(work())
 
 
-def once(stub: Stub, answer: Any) -> None:
-    """The first response that is asked for is `answer` of what it would have been."""
+def once(stub: Stub, reply: Any) -> None:
+    """The first response that is asked for is `reply` of what it would have been."""
     given = []
 
     def generate(message):
@@ -264,7 +265,7 @@ def once(stub: Stub, answer: Any) -> None:
         if "prompt_logprobs" in message["sampling_params"] or given:
             return usual
         given.append(message)
-        return answer(usual[1])
+        return reply(usual[1])
 
     stub.answers[GENERATE] = generate
 
@@ -297,14 +298,14 @@ NONSENSE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("answer, words", NONSENSE.values(), ids=NONSENSE.keys())
-def test_an_answer_that_is_none_of_these_weights_is_not_used_and_asked_for_again(stubs, answer, words):
-    once(stubs[0], answer)
+@pytest.mark.parametrize("reply, words", NONSENSE.values(), ids=NONSENSE.keys())
+def test_an_answer_that_is_none_of_these_weights_is_not_used_and_asked_for_again(stubs, reply, words):
+    once(stubs[0], reply)
 
     async def work():
         async with opened(at(stubs[0].url)) as pool:
             await pool.install(Weights(1))
-            ((_, answers, label),) = await pool.answer(jobs(3), SAMPLING, None)
+            ((_, answers, label),) = await answer(pool, jobs(3), SAMPLING, None)
             assert (answers[0].token_ids, answers[0].labels, label) == ([5, 5, 5], {"run:1"}, "run:1")
             assert pool.restarts == 1 and words in pool.servers[0].reason
 
@@ -316,7 +317,7 @@ def test_two_servers_share_the_work_and_one_takes_new_weights_while_the_other_an
 
     async def work():
         async with opened(at(*(stub.url for stub in stubs))) as pool:
-            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.until(lambda: all(server.info for server in pool.servers))
             await pool.install(Weights(1))
             for stub, other, seconds in zip(stubs, reversed(pool.servers), (0.05, 1.0), strict=True):
 
@@ -329,7 +330,7 @@ def test_two_servers_share_the_work_and_one_takes_new_weights_while_the_other_an
                     return stub.usual("/collective_rpc", message)
 
                 stub.answers |= {GENERATE: generate, "jaxrl_load": load}
-            answering = asyncio.ensure_future(pool.answer(jobs(*range(3, 103)), SAMPLING, None))
+            answering = asyncio.ensure_future(answer(pool, jobs(*range(3, 103)), SAMPLING, None))
             while not stubs[0].num_answered:
                 await asyncio.sleep(0.01)
             await pool.install(Weights(2))  # no job is left for these weights: all had been asked before they came
@@ -337,7 +338,7 @@ def test_two_servers_share_the_work_and_one_takes_new_weights_while_the_other_an
             assert [label for _, _, label in answered] == ["run:1"] * 100
             assert all(answers[0].labels == {"run:1"} for _, answers, _ in answered)
             assert all(stub.num_answered >= 8 for stub in stubs)
-            assert {label for _, _, label in await pool.answer(jobs(*range(8)), SAMPLING, None)} == {"run:2"}
+            assert {label for _, _, label in await answer(pool, jobs(*range(8)), SAMPLING, None)} == {"run:2"}
             assert pool.restarts == 0
 
     run(work())
@@ -356,7 +357,7 @@ def test_a_server_that_slept_answers_with_the_next_weights_also_where_they_are_t
                 await pool.sleep()
                 assert pool.servers[0].state == ASLEEP
                 await pool.install(Weights(1, is_adapter))
-                ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+                ((_, answers, _),) = await answer(pool, jobs(3), SAMPLING, None)
                 assert answers[0].labels == {"run:1"} and (pool.loads, pool.restarts) == (loads, 0)
 
     run(work())
@@ -369,7 +370,7 @@ def test_a_server_that_refuses_what_comes_after_its_sleep_gets_the_weights_befor
             await pool.sleep()
             with pytest.raises(Refused, match="version 2 is not for me"):
                 await pool.install(Weights(2))
-            ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+            ((_, answers, _),) = await answer(pool, jobs(3), SAMPLING, None)
             assert answers[0].labels == {"run:1"} and pool.restarts == 0
 
     run(work())
@@ -384,11 +385,11 @@ def test_a_server_that_dies_in_its_sleep_is_not_started_before_there_is_memory_f
             await pool.sleep()
             assert server.process is not None
             os.killpg(server.process.pid, signal.SIGKILL)
-            await pool._until(lambda: server.state == STARTING)
+            await pool.until(lambda: server.state == STARTING)
             await asyncio.sleep(0.5)
             assert server.process.ended() is not None
             await pool.install(Weights(2))
-            ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+            ((_, answers, _),) = await answer(pool, jobs(3), SAMPLING, None)
             assert answers[0].labels == {"run:2"} and pool.restarts == 1
 
     run(work())
@@ -406,9 +407,9 @@ def test_a_server_that_does_not_fall_asleep_is_ended_and_started_again_when_ther
                 await asyncio.sleep(0.05)
             assert server.state == STARTING and "Memory usage increased after sleeping" in server.reason
             with pytest.raises(RuntimeError, match="the servers sleep: update_weights comes before generate"):
-                await pool.answer(jobs(3), SAMPLING, None)
+                await answer(pool, jobs(3), SAMPLING, None)
             await pool.install(Weights(2))
-            ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+            ((_, answers, _),) = await answer(pool, jobs(3), SAMPLING, None)
             assert answers[0].labels == {"run:2"}
 
     run(work())

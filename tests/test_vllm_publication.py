@@ -74,7 +74,7 @@ def weights(engine: VllmEngine, version: int) -> dict:
 
 
 def until(engine: VllmEngine, condition: Callable[[], bool]) -> None:
-    engine._call(asyncio.wait_for(engine.pool._until(condition), 30.0))
+    engine._call(asyncio.wait_for(engine.pool.until(condition), 30.0))
 
 
 def all_serve(engine: VllmEngine) -> bool:
