@@ -405,7 +405,8 @@ class Trainer:
                 metrics |= self.ahead.wait(timer.seconds)
             with timer("update_weights"):
                 self.engine.update_weights(self.roles.actor_variables(), step)
-            metrics |= self.ahead.wait(timer.seconds)
+            timer.seconds["update_weights"] -= self.engine.waited_s
+            metrics |= self.ahead.wait(timer.seconds, self.engine.waited_s)
         if self.val is not None and (is_last or (c.trainer.test_freq > 0 and step % c.trainer.test_freq == 0)):
             with timer("testing"):
                 metrics |= self.validate(step, samples)

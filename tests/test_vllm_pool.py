@@ -345,6 +345,67 @@ def test_two_servers_share_the_work_and_one_takes_new_weights_while_the_other_an
     assert in_flight[0] > 0 == in_flight[1]
 
 
+def test_waiting_for_answers_is_told_from_loading_weights(stubs):
+    times: dict[str, float] = {}
+
+    def slow(stub: Stub, name: str, seconds: float) -> None:
+        def generate(message):
+            if "prompt_logprobs" not in message["sampling_params"]:
+                time.sleep(seconds)
+                times[f"{name} answered"] = time.perf_counter()
+            return stub.usual(GENERATE, message)
+
+        def load(message):
+            time.sleep(0.5)
+            times[f"{name} loaded"] = time.perf_counter()
+            return stub.usual("/collective_rpc", message)
+
+        stub.answers |= {GENERATE: generate, "jaxrl_load": load}
+
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool.until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+            slow(stubs[0], "first", 0.4)
+            slow(stubs[1], "second", 1.8)
+            answering = asyncio.ensure_future(answer(pool, jobs(3, 4), SAMPLING, None))
+            while not all(server.in_flight for server in pool.servers):
+                await asyncio.sleep(0.01)
+            start = time.perf_counter()
+            await pool.install(Weights(2))
+            took = time.perf_counter() - start
+            await answering
+            # The first server loads while the second one still answers: both begin with a wait, and each loads for 0.5 s.
+            waits = times["first answered"] - start, times["second answered"] - times["first loaded"]
+            assert sum(waits) > 0.8 and sum(waits) - 0.4 < pool.waited_s < took - 1.0
+            await pool.install(Weights(3))  # nobody is asked anything
+            assert pool.waited_s < 0.1
+
+    run(work())
+
+
+def test_what_waits_for_a_lost_server_is_answered_with_the_weights_of_now_and_not_with_later_ones(stubs):
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool.until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+
+            def generate(message):
+                time.sleep(0.0 if "prompt_logprobs" in message["sampling_params"] else 0.3)
+                return stubs[0].usual(GENERATE, message)
+
+            stubs[0].answers[GENERATE] = generate
+            stubs[1].answers[INFO] = lambda _: (500, {"error": "not yet"})
+            await pool.lost(pool.servers[1], pool.servers[1].gone, "for the test")
+            answering = asyncio.ensure_future(answer(pool, jobs(*range(3, 19)), SAMPLING, None))
+            while not pool.servers[0].in_flight:
+                await asyncio.sleep(0.01)
+            await pool.install(Weights(2))
+            assert [label for _, _, label in await answering] == ["run:1"] * 16
+
+    run(work())
+
+
 # A stub that is asleep answers nothing, and one that has slept without its weights answers nothing before it has new ones.
 
 

@@ -120,6 +120,10 @@ class VllmEngine:
         return self._link.num_processes == 1 and num_servers > 1
 
     @property
+    def waited_s(self) -> float:
+        return self.pool.waited_s if self._link.is_first else 0.0
+
+    @property
     def weights_gb(self) -> float:
         """What the last update of the weights brought to all servers together, in 2**30 bytes."""
         return 0.0 if self._publication is None else self._publication.num_bytes / 2**30

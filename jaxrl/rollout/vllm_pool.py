@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -82,6 +84,8 @@ class Pool:
         self.restarts = self.loads = 0
         self.is_asleep = False  # the servers that are started here, as there is no memory for them
         self.unasked = 0  # requests that wait for a server
+        self.waited_s = 0.0  # of the last `install`, in which answers were waited for and nothing else was done
+        self._num_busy, self._idle_since = 0, 0.0  # with bringing weights or loading them
         self._changed = asyncio.Condition()
         self._installing = asyncio.Lock()  # until it is known whether the servers take the weights
         self._tasks: set[asyncio.Task] = set()
@@ -304,6 +308,7 @@ class Pool:
         What is under way is answered with the weights before; each server takes the new ones as soon as it is idle.
         Raises Refused where a server does not take them; the weights before go on answering, on all of them.
         """
+        self.waited_s, self._idle_since = 0.0, time.perf_counter()
         await self.until(lambda: not self.unasked)
         async with self._installing:
             before, self.current = self.current, publication
@@ -316,7 +321,8 @@ class Pool:
                     self._spawn(self._bring_up(server))
             # What is uploaded is there before a server stops to answer.
             ready = [server for server in self.servers if server.state in (SERVING, ASLEEP)]
-            await asyncio.gather(*(self._bring(server) for server in ready))
+            with self._busy():
+                await asyncio.gather(*(self._bring(server) for server in ready))
             ready = [server for server in self.servers if server.state in (SERVING, ASLEEP)]
             results = await asyncio.gather(*(self._replace(server) for server in ready), return_exceptions=True)
             if any(isinstance(error, Refused) for error in results):
@@ -326,6 +332,18 @@ class Pool:
             if error is not None:
                 raise error
         await self.until(lambda: any(s.state == SERVING and s.label == publication.label for s in self.servers))
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Something is done for the weights; where nothing was done before, `install` had to wait."""
+        if not self._num_busy:
+            self.waited_s += time.perf_counter() - self._idle_since
+        self._num_busy += 1
+        try:
+            yield
+        finally:
+            self._num_busy -= 1
+            self._idle_since = time.perf_counter()
 
     async def _bring(self, server: Server) -> None:
         gone, publication = server.gone, self.current
@@ -349,7 +367,8 @@ class Pool:
         try:
             await self._set(server, LOADING)
             assert self.current is not None
-            await self._load(server, self.current, wakes=wakes)
+            with self._busy():
+                await self._load(server, self.current, wakes=wakes)
             await self._set(server, SERVING)
         except ServerLost as lost:
             await self.lost(server, gone, str(lost))

@@ -100,8 +100,12 @@ async def _pick(pool: Pool, n: int) -> Server:
             if s.state == SERVING and s.label and (not s.in_flight or s.in_flight + n <= _places(pool))
         ]  # fmt: skip
 
-    while not (ready := open_ones()):
-        await pool.until(lambda: bool(open_ones()))
+    pool.unasked += 1
+    try:
+        while not (ready := open_ones()):
+            await pool.until(lambda: bool(open_ones()))
+    finally:
+        pool.unasked -= 1
     server = min(ready, key=lambda s: s.in_flight)
     server.in_flight += n
     return server
