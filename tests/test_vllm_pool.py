@@ -32,6 +32,7 @@ class Weights:
 
     version: int
     is_adapter: bool = False
+    content: int = 0  # where a version is published again
     probe_ids: list[int] = field(default_factory=lambda: [3, 4, 5])
     probe_logprobs: list[float] = field(default_factory=lambda: [LOGPROB, LOGPROB])
 
@@ -41,10 +42,10 @@ class Weights:
 
     @property
     def manifest(self) -> Manifest:
-        return Manifest("run", self.version, (Tensor("weight", (1,), "F32", self.version),))
+        return Manifest("run", self.version, (Tensor("weight", (1,), "F32", self.version + self.content),))
 
     async def place(self, server: Server) -> str:
-        return f"/exports/v{self.version}"
+        return f"/exports/v{self.version + self.content}"
 
     def anew(self, server: Server) -> None: ...
 
@@ -124,6 +125,47 @@ def test_a_python_that_cannot_be_started_is_said_and_leaves_no_scratch_folder(tm
     assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("jaxrl-vllm-")}
 
 
+def test_a_port_that_stays_in_use_is_not_tried_for_ever(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho Address already in use >&2\nexit 4\n")
+    python.chmod(0o755)
+    server = Server(
+        "server 0", "key", None, ServerProcess(str(python), ServerSpec("m", "127.0.0.1", 0, str(tmp_path)), "k")
+    )
+
+    async def work():
+        async with opened([server], start_timeout_s=1.0) as pool:
+            with pytest.raises(ValueError, match="it did not start: its port is in use: set another one"):
+                await pool.ready()
+
+    run(work(), timeout_s=20.0)
+
+
+def test_a_sign_of_life_that_waits_for_a_load_is_waited_for_no_longer_than_the_load(stubs):
+    asked = []
+
+    def ping(message):
+        if not asked:
+            asked.append(message)
+            time.sleep(2.0)
+        return stubs[0].usual("/collective_rpc", message)
+
+    def load(message):
+        time.sleep(2.0)
+        return stubs[0].usual("/collective_rpc", message)
+
+    async def work():
+        async with opened(at(stubs[0].url), stall_timeout_s=1.0, load_timeout_s=20.0) as pool:
+            await pool.install(Weights(1))
+            stubs[0].answers |= {"jaxrl_ping": ping, "jaxrl_load": load}
+            while not asked:
+                await asyncio.sleep(0.01)
+            await pool.install(Weights(2))
+            assert pool.restarts == 0
+
+    run(work())
+
+
 def test_a_request_that_always_ends_its_server_ends_the_run_after_max_restarts(tmp_path):
     server = local(tmp_path, POISON="7")
 
@@ -161,6 +203,28 @@ def test_after_a_refusal_by_one_of_two_servers_both_answer_with_the_weights_befo
             answered = await answer(pool, jobs(*range(3, 30)), SAMPLING, None)
             assert {label for _, _, label in answered} == {"run:1"}
             assert all(stub.num_answered for stub in stubs)
+
+    run(work())
+
+
+def test_a_server_that_loads_while_its_version_is_published_again_with_other_weights_gets_those(stubs):
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool.until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+
+            def load(message):
+                stubs[1].answers.pop("jaxrl_load")
+                time.sleep(1.0)
+                return stubs[1].usual("/collective_rpc", message)
+
+            stubs[1].answers["jaxrl_load"] = load
+            await pool.lost(pool.servers[1], pool.servers[1].gone, "for the test")
+            while "jaxrl_load" in stubs[1].answers:
+                await asyncio.sleep(0.01)
+            await pool.install(Weights(1, content=10))
+            await pool.until(lambda: all(server.state == SERVING for server in pool.servers))
+            assert [stub.loaded[-1] for stub in stubs] == ["/exports/v11", "/exports/v11"]
 
     run(work())
 

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 STARTING, SERVING, DRAINING, LOADING = "starting", "serving", "draining", "loading"
 ASLEEP, DEAD = "asleep", "dead"
+WATCHED = (SERVING, DRAINING, ASLEEP)  # starting and loading have time limits of their own
 POLL_S = 0.25
 
 
@@ -70,6 +71,10 @@ class Server:
 
     def __str__(self) -> str:
         return f"vLLM {self.name}"
+
+    def has(self, publication: Publication) -> bool:
+        """Also the contents are compared: a version may be published again with others."""
+        return (self.label, self.content) == (publication.label, publication.manifest.digest)
 
     def forget(self, reason: str) -> None:
         """Whatever weights it had, nobody knows that it has them still."""
@@ -208,7 +213,7 @@ class Pool:
 
     async def _serves(self, server: Server) -> bool:
         """SERVING from now on, if it has the current weights."""
-        if self.current is not None and server.label != self.current.label:
+        if self.current is not None and not server.has(self.current):
             return False
         await self._set(server, SERVING)
         return True
@@ -225,11 +230,12 @@ class Pool:
                 break
             except ServerLost as lost:
                 ended = None if process is None else process.ended()
-                if process is not None and process.port_was_taken():
+                is_late = asyncio.get_running_loop().time() > deadline
+                if process is not None and process.port_was_taken() and not is_late:
                     await self._launch(server)  # another program was quicker: at another port
                 elif ended is not None:
                     raise ServerLost(f"it did not start: {ended}") from None
-                elif asyncio.get_running_loop().time() > deadline:
+                elif is_late:
                     where = f"it is {server.url}" if process is None else f"its log is {process.log}"
                     raise ServerLost(
                         f"it was waited for {limit_s:.0f} s (rollout.vllm.start_timeout_s) to start, and {lost}; {where}"
@@ -255,19 +261,21 @@ class Pool:
         while True:
             await asyncio.sleep(POLL_S)
             gone = server.gone
-            if server.state not in (SERVING, DRAINING, ASLEEP):
-                continue  # starting and loading have time limits of their own
+            if server.state not in WATCHED:
+                continue
             if server.process is not None and (ended := server.process.ended()):
                 await self.lost(server, gone, ended)
             elif server.client is not None:
                 try:
                     await asyncio.wait_for(self.or_gone(server, server.client.ping()), self.settings.stall_timeout_s)
                     await asyncio.sleep(pause - POLL_S)
+                    continue
                 except TimeoutError:
-                    seconds = self.settings.stall_timeout_s
-                    await self.lost(server, gone, f"it gave no sign of life for {seconds:.0f} s")
+                    reason = f"it gave no sign of life for {self.settings.stall_timeout_s:.0f} s"
                 except Exception as lost:  # whatever it is: nobody else watches this server
-                    await self.lost(server, gone, str(lost) or repr(lost))
+                    reason = str(lost) or repr(lost)
+                if server.state in WATCHED:  # and has not begun to load meanwhile, for which a sign of life waits
+                    await self.lost(server, gone, reason)
 
     async def or_gone(self, server: Server, work: Awaitable[T]) -> T:
         """What `work` returns, unless the server is lost before."""
@@ -331,7 +339,7 @@ class Pool:
         for error in results:
             if error is not None:
                 raise error
-        await self.until(lambda: any(s.state == SERVING and s.label == publication.label for s in self.servers))
+        await self.until(lambda: any(s.state == SERVING and s.has(publication) for s in self.servers))
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -383,7 +391,7 @@ class Pool:
         if self.current is None:
             server.label = None  # it answers nothing until there are weights that all take
             return
-        if server.state != SERVING or server.label == self.current.label:
+        if server.state != SERVING or server.has(self.current):
             return
         gone = server.gone
         self.current.anew(server)
