@@ -431,7 +431,7 @@ def test_waiting_for_answers_is_told_from_loading_weights(stubs):
             await pool.until(lambda: all(server.info for server in pool.servers))
             await pool.install(Weights(1))
             slow(stubs[0], "first", 0.4)
-            slow(stubs[1], "second", 1.8)
+            slow(stubs[1], "second", 2.4)
             answering = asyncio.ensure_future(answer(pool, jobs(3, 4), SAMPLING, None))
             while not all(server.in_flight for server in pool.servers):
                 await asyncio.sleep(0.01)
@@ -441,9 +441,10 @@ def test_waiting_for_answers_is_told_from_loading_weights(stubs):
             await answering
             # The first server loads while the second one still answers: both begin with a wait, and each loads for 0.5 s.
             waits = times["first answered"] - start, times["second answered"] - times["first loaded"]
-            assert sum(waits) > 0.8 and sum(waits) - 0.4 < pool.waited_s < took - 1.0
+            # From below it is bounded less sharply: a load ends for the pool after the stub has said so, and a probe.
+            assert sum(waits) > 1.3 and sum(waits) - 0.8 < pool.waited_s < took - 1.0
             await pool.install(Weights(3))  # nobody is asked anything
-            assert pool.waited_s < 0.1
+            assert pool.waited_s < 0.3
 
     run(work())
 
