@@ -43,14 +43,15 @@ class Ahead:
             self._pending = self._thread.submit(self._collect, step + 1, progress)
         return experience
 
-    def wait(self, seconds: dict[str, float]) -> dict[str, float]:
-        """Until the engine is idle. `perf/overlap_s` is how long it worked while something else did."""
+    def wait(self, seconds: dict[str, float], waited_s: float = 0.0) -> dict[str, float]:
+        """Until the engine is idle, which was waited for `waited_s` before. `perf/overlap_s` is how long it worked while
+        something else did."""
         if self._pending is None:
             return {}
         start = time.perf_counter()
         pending, self._pending = self._pending, None
         self.ready = pending.result()
-        waited = time.perf_counter() - start
+        waited = waited_s + time.perf_counter() - start
         _add(seconds, self.ready.seconds | {"wait": waited})
         return {"perf/overlap_s": max(0.0, self.ready.seconds["collect"] - waited)}
 

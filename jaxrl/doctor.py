@@ -106,8 +106,12 @@ class Doctor:
         )
 
     def examine(self, variables: Tree, *, before: Tree | None = None) -> Diagnosis:
-        """Of the weights `variables`, which the engine is to have. `before`: those that it had until then."""
+        """Of the weights `variables`, which the engine is to have. `before`: those that it had until then, which is tried
+        out on an engine that stays awake; without, it sleeps from here on where it does so in training.
+        """
         rollouts = self.engine.generate(self.prompts, self.sampling, seed=0)
+        if before is None and self.c.engine_sleeps:
+            self.engine.sleep()  # whether the trainer's programs fit was planned without it
         case = _Case(self, self.prompts, rollouts, variables)
         gap = case.engine - case.trainer
         mean = float(np.abs(gap).mean())

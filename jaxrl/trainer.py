@@ -133,16 +133,20 @@ class Trainer:
             waiting = self._restore(*self.start)
             self._say_where_it_goes_on(self.start[1])
         self.engine = self._make_engine()
-        self.turns = self._make_turns()
-        self.collector = Collector(
-            c, self.engine.generate if self.turns is None else self.turns.generate, self.scorer, self.loader,
-            self.tokenizer, stop_ids=self.stop_ids, begins=self.link.at,
-        )  # fmt: skip
-        self.ahead = Ahead(self.collector.collect, ahead=c.trainer.trainer_mode == "one_step_off", last=self.steps)
-        if waiting is not None:
-            self.ahead.restore(*waiting, prompt_of=train.of_row, text_of=self.collector.text_of)
-        if c.rollout.max_probs_diff is not None:
-            self._check_agreement(c.rollout.max_probs_diff)
+        with ExitStack() as undo:  # the servers of a run that cannot begin end now, and not with this process
+            undo.enter_context(closing(self.engine))
+            undo.enter_context(self.scorer)
+            self.turns = self._make_turns()
+            self.collector = Collector(
+                c, self.engine.generate if self.turns is None else self.turns.generate, self.scorer, self.loader,
+                self.tokenizer, stop_ids=self.stop_ids, begins=self.link.at,
+            )  # fmt: skip
+            self.ahead = Ahead(self.collector.collect, ahead=c.trainer.trainer_mode == "one_step_off", last=self.steps)
+            if waiting is not None:
+                self.ahead.restore(*waiting, prompt_of=train.of_row, text_of=self.collector.text_of)
+            if c.rollout.max_probs_diff is not None:
+                self._check_agreement(c.rollout.max_probs_diff)
+            undo.pop_all()
 
     # What is made at the start.
 
@@ -278,8 +282,6 @@ class Trainer:
         self.engine.update_weights(variables, 0 if self.start is None else self.start[1])
         found = self.doctor().examine(variables)
         if not found.probs_mean <= bound:
-            self.engine.close()
-            self.scorer.close()
             raise ValueError(
                 f"engine and trainer differ by {found.probs_mean:.2g} in the mean probability of a sampled token, more "
                 f"than rollout.max_probs_diff {bound:g}. {found.sentence}"
@@ -405,7 +407,8 @@ class Trainer:
                 metrics |= self.ahead.wait(timer.seconds)
             with timer("update_weights"):
                 self.engine.update_weights(self.roles.actor_variables(), step)
-            metrics |= self.ahead.wait(timer.seconds)
+            timer.seconds["update_weights"] -= self.engine.waited_s
+            metrics |= self.ahead.wait(timer.seconds, self.engine.waited_s)
         if self.val is not None and (is_last or (c.trainer.test_freq > 0 and step % c.trainer.test_freq == 0)):
             with timer("testing"):
                 metrics |= self.validate(step, samples)

@@ -27,7 +27,7 @@ class Channel:
         try:
             (length,) = _LENGTH.unpack(await self.reader.readexactly(_LENGTH.size))
             return json.loads(await self.reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, OSError):
             return None
 
 
@@ -45,7 +45,7 @@ async def pipe(channel: Channel, reader: asyncio.StreamReader, writer: asyncio.S
     """Bytes both ways. That `channel` has ended is not passed on: see `Link.relay`."""
 
     async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             while data := await source.read(2**16):
                 target.write(data)
                 await target.drain()

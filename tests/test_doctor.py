@@ -94,6 +94,7 @@ def trainer(tmp_path_factory, model):  # noqa: F811
     (model / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 7, "top_p": 0.9}))
     tree = settings_in(tmp_path_factory.mktemp("doctor"), model)(
         "doctor", data__max_response_length=16, algorithm__adv_estimator="grpo", data__val_files=None,
+        rollout__free_cache_engine=False,
     )  # fmt: skip
     return Trainer(from_dict(tree))
 
@@ -144,6 +145,24 @@ def test_the_cause_is_named(trainer, cause):
     assert found.cause == cause, str(found)
     assert words in found.sentence, str(found)
     assert len(found.worst) == 5 and found.worst[0][2] != found.worst[0][3]
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_the_engine_sleeps_while_the_trainer_computes_where_it_does_in_training(trainer, monkeypatch, sleeps):
+    variables, engine = trainer.roles.actor_variables(), JaxEngine(trainer.roles.model, trainer.mesh)
+    engine.update_weights(variables, 0)
+    trainer.engine = engine
+    doctor, awake = trainer.doctor(), []
+    doctor.c = dataclasses.replace(doctor.c, rollout=dataclasses.replace(doctor.c.rollout, free_cache_engine=sleeps))
+    compute = doctor.policy.logprobs
+
+    def logprobs(*args):
+        awake.append(engine.weights is not None)
+        return compute(*args)
+
+    monkeypatch.setattr(doctor.policy, "logprobs", logprobs)
+    assert doctor.examine(variables).cause is None
+    assert awake == [not sleeps]
 
 
 def test_a_run_does_not_start_above_the_bound(settings, tmp_path, monkeypatch):  # noqa: F811

@@ -1,5 +1,7 @@
 """The processes of a run find each other, exchange values, and tell of the dead. No JAX here, so a process costs little."""
 
+import asyncio
+import errno
 import os
 import platform
 import signal
@@ -11,7 +13,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -20,6 +22,7 @@ from jaxrl.distributed import _code, _user_files, check_same
 from jaxrl.link import PEER_LOST, Link
 from jaxrl.rewards.score import Sample, Score
 from jaxrl.rewards.shared import shared
+from jaxrl.wire import Channel
 
 ROOT = Path(__file__).parents[1]
 
@@ -195,6 +198,16 @@ def test_a_port_in_use_is_said_in_words():
         taken.listen()
         with pytest.raises(ValueError, match=r"process 0 cannot listen on port \d+ .* Name another port"):
             Link(Place(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0))
+
+
+@pytest.mark.parametrize("number", [errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH])
+def test_a_connection_that_breaks_in_whatever_way_is_one_that_has_ended(number):
+    async def receive() -> dict | None:
+        reader = asyncio.StreamReader()
+        reader.set_exception(OSError(number, os.strerror(number)))  # as asyncio does where a read fails
+        return await Channel(reader, cast(Any, None)).receive()
+
+    assert asyncio.run(receive()) is None
 
 
 def test_a_stranger_at_the_port_does_no_harm():

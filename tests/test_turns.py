@@ -1,6 +1,7 @@
 """Several turns with the real engine on a tiny model: what a user's function appends, and that nobody trains on it."""
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from test_trainer import model, run, settings  # noqa: F401 (fixtures)
 from transformers import AutoTokenizer
+from vllm_stub import stub_python
 
 from jaxrl.batch import Prompt
 from jaxrl.config import Optim, from_dict
@@ -175,6 +177,22 @@ def test_a_function_that_cannot_be_used_is_refused(turns, file):
         turns("apend")
     with pytest.raises(ValueError, match="unexpected keyword argument 'words'"):
         turns("append", words=3)
+
+
+def processes_that_name(text: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            found.append(path.read_text())
+    return [line for line in found if text in line]
+
+
+def test_a_run_that_cannot_begin_leaves_no_server(settings, tmp_path):  # noqa: F811
+    served = {"rollout__engine": "vllm", "rollout__vllm": {"python": stub_python(tmp_path)}}
+    tree = settings("none", **served, rollout__multi_turn={"function": f"{tmp_path}/nowhere.py:reply"})
+    with pytest.raises(ValueError, match="rollout.multi_turn.function .*nowhere.py"):
+        Trainer(from_dict(tree), trains=False)
+    assert not processes_that_name(str(tmp_path))
 
 
 CHATML = (

@@ -122,7 +122,7 @@ def served(request) -> Served:
 
 def both_serve(served: Served) -> list[Server]:
     pool = served.engine.pool
-    ready = pool._until(lambda: all(server.state == SERVING for server in pool.servers))
+    ready = pool.until(lambda: all(server.state == SERVING for server in pool.servers))
     served.engine._call(asyncio.wait_for(ready, 120.0))
     return pool.servers
 
@@ -594,6 +594,20 @@ def test_a_run_on_the_sidecar_is_the_run_on_the_jax_engine_where_nothing_is_left
         for name in names:
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-4), (ours["step"], name)
     assert logs["vllm"][1]["actor/grad_norm"] > 0
+
+
+def test_a_run_learns_on_the_sidecar_as_it_does_on_the_jax_engine(url, served_models, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    for name, rollout in (("jax", {}), ("vllm", {"engine": "vllm", "vllm": {"urls": [url], "transport": "http"}})):
+        tree = settings_of(
+            tmp_path / name, model={"path": str(served_models["untied"])}, rollout={"max_num_seqs": 16, **rollout},
+            trainer={"total_training_steps": 16},
+        )  # fmt: skip
+        Trainer(from_dict(tree)).fit()
+        rows = metrics_of(tmp_path / name)
+        reward = [row["critic/score/mean"] for row in rows]
+        assert np.mean(reward[:3]) < 0.2 and np.mean(reward[-3:]) > 0.9, (name, reward)
+        assert all(row["training/rollout_probs_diff_max"] < 1e-4 for row in rows), name  # each with the weights of now
 
 
 def test_a_run_one_step_off_publishes_while_its_servers_may_still_answer(tied, served_models, tmp_path, monkeypatch):

@@ -19,8 +19,9 @@ from jaxrl.rollout.engine import EngineLost, Sampling
 from jaxrl.rollout.protocol import Manifest, Refused, Tensor
 from jaxrl.rollout.vllm_adapter import GENERATE, INFO, ServerSpec
 from jaxrl.rollout.vllm_client import Client
-from jaxrl.rollout.vllm_pool import ASLEEP, DEAD, SERVING, STARTING, Job, Pool, Server
+from jaxrl.rollout.vllm_pool import ASLEEP, DEAD, SERVING, STARTING, Pool, Server
 from jaxrl.rollout.vllm_process import ServerProcess
+from jaxrl.rollout.vllm_requests import Job, answer
 
 SAMPLING = Sampling(max_tokens=3)
 
@@ -31,6 +32,7 @@ class Weights:
 
     version: int
     is_adapter: bool = False
+    content: int = 0  # where a version is published again
     probe_ids: list[int] = field(default_factory=lambda: [3, 4, 5])
     probe_logprobs: list[float] = field(default_factory=lambda: [LOGPROB, LOGPROB])
 
@@ -40,10 +42,10 @@ class Weights:
 
     @property
     def manifest(self) -> Manifest:
-        return Manifest("run", self.version, (Tensor("weight", (1,), "F32", self.version),))
+        return Manifest("run", self.version, (Tensor("weight", (1,), "F32", self.version + self.content),))
 
     async def place(self, server: Server) -> str:
-        return f"/exports/v{self.version}"
+        return f"/exports/v{self.version + self.content}"
 
     def anew(self, server: Server) -> None: ...
 
@@ -123,16 +125,57 @@ def test_a_python_that_cannot_be_started_is_said_and_leaves_no_scratch_folder(tm
     assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("jaxrl-vllm-")}
 
 
+def test_a_port_that_stays_in_use_is_not_tried_for_ever(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho Address already in use >&2\nexit 4\n")
+    python.chmod(0o755)
+    server = Server(
+        "server 0", "key", None, ServerProcess(str(python), ServerSpec("m", "127.0.0.1", 0, str(tmp_path)), "k")
+    )
+
+    async def work():
+        async with opened([server], start_timeout_s=1.0) as pool:
+            with pytest.raises(ValueError, match="it did not start: its port is in use: set another one"):
+                await pool.ready()
+
+    run(work(), timeout_s=20.0)
+
+
+def test_a_sign_of_life_that_waits_for_a_load_is_waited_for_no_longer_than_the_load(stubs):
+    asked = []
+
+    def ping(message):
+        if not asked:
+            asked.append(message)
+            time.sleep(2.0)
+        return stubs[0].usual("/collective_rpc", message)
+
+    def load(message):
+        time.sleep(2.0)
+        return stubs[0].usual("/collective_rpc", message)
+
+    async def work():
+        async with opened(at(stubs[0].url), stall_timeout_s=1.0, load_timeout_s=20.0) as pool:
+            await pool.install(Weights(1))
+            stubs[0].answers |= {"jaxrl_ping": ping, "jaxrl_load": load}
+            while not asked:
+                await asyncio.sleep(0.01)
+            await pool.install(Weights(2))
+            assert pool.restarts == 0
+
+    run(work())
+
+
 def test_a_request_that_always_ends_its_server_ends_the_run_after_max_restarts(tmp_path):
     server = local(tmp_path, POISON="7")
 
     async def work():
         async with opened([server], max_restarts=2) as pool:
             await pool.install(Weights(1))
-            answered = await pool.answer(jobs(3), SAMPLING, None)
+            answered = await answer(pool, jobs(3), SAMPLING, None)
             assert [label for _, _, label in answered] == ["run:1"]
             with pytest.raises(EngineLost, match="server 0: "):
-                await pool.answer(jobs(7), SAMPLING, None)
+                await answer(pool, jobs(7), SAMPLING, None)
             assert (pool.restarts, server.state) == (2, DEAD)
 
     run(work())
@@ -152,14 +195,36 @@ def test_after_a_refusal_by_one_of_two_servers_both_answer_with_the_weights_befo
 
     async def work():
         async with opened(at(*(stub.url for stub in stubs))) as pool:
-            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.until(lambda: all(server.info for server in pool.servers))
             await pool.install(Weights(1))
             with pytest.raises(Refused, match="version 2 is not for me"):
                 await pool.install(Weights(2))
             assert stubs[0].loaded == ["/exports/v1", "/exports/v2", "/exports/v1"]
-            answered = await pool.answer(jobs(*range(3, 30)), SAMPLING, None)
+            answered = await answer(pool, jobs(*range(3, 30)), SAMPLING, None)
             assert {label for _, _, label in answered} == {"run:1"}
             assert all(stub.num_answered for stub in stubs)
+
+    run(work())
+
+
+def test_a_server_that_loads_while_its_version_is_published_again_with_other_weights_gets_those(stubs):
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool.until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+
+            def load(message):
+                stubs[1].answers.pop("jaxrl_load")
+                time.sleep(1.0)
+                return stubs[1].usual("/collective_rpc", message)
+
+            stubs[1].answers["jaxrl_load"] = load
+            await pool.lost(pool.servers[1], pool.servers[1].gone, "for the test")
+            while "jaxrl_load" in stubs[1].answers:
+                await asyncio.sleep(0.01)
+            await pool.install(Weights(1, content=10))
+            await pool.until(lambda: all(server.state == SERVING for server in pool.servers))
+            assert [stub.loaded[-1] for stub in stubs] == ["/exports/v11", "/exports/v11"]
 
     run(work())
 
@@ -170,12 +235,12 @@ def test_a_server_that_starts_while_others_refuse_gets_the_weights_before(stubs)
 
     async def work():
         async with opened(at(*(stub.url for stub in stubs))) as pool:
-            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.until(lambda: all(server.info for server in pool.servers))
             await pool.install(Weights(1))
             await pool.lost(pool.servers[1], pool.servers[1].gone, "for the test")
             with pytest.raises(Refused):
                 await pool.install(Weights(2))
-            await pool._until(lambda: all((s.state, s.label) == (SERVING, "run:1") for s in pool.servers))
+            await pool.until(lambda: all((s.state, s.label) == (SERVING, "run:1") for s in pool.servers))
 
     run(work())
 
@@ -185,11 +250,11 @@ def test_an_answer_to_a_load_that_nobody_foresaw_starts_the_server_again(stubs):
 
     async def work():
         async with opened(at(*(stub.url for stub in stubs))) as pool:
-            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.until(lambda: all(server.info for server in pool.servers))
             await pool.install(Weights(1))
-            await pool._until(lambda: pool.servers[0].state == DEAD)
+            await pool.until(lambda: pool.servers[0].state == DEAD)
             assert "what is that?" in pool.servers[0].reason
-            assert len(await pool.answer(jobs(3, 4), SAMPLING, None)) == 2
+            assert len(await answer(pool, jobs(3, 4), SAMPLING, None)) == 2
 
     run(work())
 
@@ -223,7 +288,7 @@ def test_of_what_is_installed_for_the_trainer_a_server_sees_jaxrl_alone(tmp_path
 
 
 def test_a_reply_that_is_lost_while_its_server_lives_is_asked_for_again(stubs, monkeypatch):
-    monkeypatch.setattr("jaxrl.rollout.vllm_pool.SLOWEST_S", 0.1)
+    monkeypatch.setattr("jaxrl.rollout.vllm_requests.SLOWEST_S", 0.1)
     lost = []
 
     def generate(message):
@@ -237,7 +302,7 @@ def test_a_reply_that_is_lost_while_its_server_lives_is_asked_for_again(stubs, m
     async def work():
         async with opened(at(stubs[0].url), stall_timeout_s=1.0) as pool:
             await pool.install(Weights(1))
-            assert len(await pool.answer(jobs(3), SAMPLING, None)) == 1
+            assert len(await answer(pool, jobs(3), SAMPLING, None)) == 1
             assert "it was waited for 2 s for a response in vain" in pool.servers[0].reason
 
     run(work(), timeout_s=15.0)
@@ -255,8 +320,8 @@ def test_a_connection_that_nobody_answers_is_found_dead_by_tcp(stubs):
     run(work())
 
 
-def once(stub: Stub, answer: Any) -> None:
-    """The first response that is asked for is `answer` of what it would have been."""
+def once(stub: Stub, reply: Any) -> None:
+    """The first response that is asked for is `reply` of what it would have been."""
     given = []
 
     def generate(message):
@@ -264,7 +329,7 @@ def once(stub: Stub, answer: Any) -> None:
         if "prompt_logprobs" in message["sampling_params"] or given:
             return usual
         given.append(message)
-        return answer(usual[1])
+        return reply(usual[1])
 
     stub.answers[GENERATE] = generate
 
@@ -297,14 +362,14 @@ NONSENSE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("answer, words", NONSENSE.values(), ids=NONSENSE.keys())
-def test_an_answer_that_is_none_of_these_weights_is_not_used_and_asked_for_again(stubs, answer, words):
-    once(stubs[0], answer)
+@pytest.mark.parametrize("reply, words", NONSENSE.values(), ids=NONSENSE.keys())
+def test_an_answer_that_is_none_of_these_weights_is_not_used_and_asked_for_again(stubs, reply, words):
+    once(stubs[0], reply)
 
     async def work():
         async with opened(at(stubs[0].url)) as pool:
             await pool.install(Weights(1))
-            ((_, answers, label),) = await pool.answer(jobs(3), SAMPLING, None)
+            ((_, answers, label),) = await answer(pool, jobs(3), SAMPLING, None)
             assert (answers[0].token_ids, answers[0].labels, label) == ([5, 5, 5], {"run:1"}, "run:1")
             assert pool.restarts == 1 and words in pool.servers[0].reason
 
@@ -316,7 +381,7 @@ def test_two_servers_share_the_work_and_one_takes_new_weights_while_the_other_an
 
     async def work():
         async with opened(at(*(stub.url for stub in stubs))) as pool:
-            await pool._until(lambda: all(server.info for server in pool.servers))
+            await pool.until(lambda: all(server.info for server in pool.servers))
             await pool.install(Weights(1))
             for stub, other, seconds in zip(stubs, reversed(pool.servers), (0.05, 1.0), strict=True):
 
@@ -329,7 +394,7 @@ def test_two_servers_share_the_work_and_one_takes_new_weights_while_the_other_an
                     return stub.usual("/collective_rpc", message)
 
                 stub.answers |= {GENERATE: generate, "jaxrl_load": load}
-            answering = asyncio.ensure_future(pool.answer(jobs(*range(3, 103)), SAMPLING, None))
+            answering = asyncio.ensure_future(answer(pool, jobs(*range(3, 103)), SAMPLING, None))
             while not stubs[0].num_answered:
                 await asyncio.sleep(0.01)
             await pool.install(Weights(2))  # no job is left for these weights: all had been asked before they came
@@ -337,11 +402,73 @@ def test_two_servers_share_the_work_and_one_takes_new_weights_while_the_other_an
             assert [label for _, _, label in answered] == ["run:1"] * 100
             assert all(answers[0].labels == {"run:1"} for _, answers, _ in answered)
             assert all(stub.num_answered >= 8 for stub in stubs)
-            assert {label for _, _, label in await pool.answer(jobs(*range(8)), SAMPLING, None)} == {"run:2"}
+            assert {label for _, _, label in await answer(pool, jobs(*range(8)), SAMPLING, None)} == {"run:2"}
             assert pool.restarts == 0
 
     run(work())
     assert in_flight[0] > 0 == in_flight[1]
+
+
+def test_waiting_for_answers_is_told_from_loading_weights(stubs):
+    times: dict[str, float] = {}
+
+    def slow(stub: Stub, name: str, seconds: float) -> None:
+        def generate(message):
+            if "prompt_logprobs" not in message["sampling_params"]:
+                time.sleep(seconds)
+                times[f"{name} answered"] = time.perf_counter()
+            return stub.usual(GENERATE, message)
+
+        def load(message):
+            time.sleep(0.5)
+            times[f"{name} loaded"] = time.perf_counter()
+            return stub.usual("/collective_rpc", message)
+
+        stub.answers |= {GENERATE: generate, "jaxrl_load": load}
+
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool.until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+            slow(stubs[0], "first", 0.4)
+            slow(stubs[1], "second", 2.4)
+            answering = asyncio.ensure_future(answer(pool, jobs(3, 4), SAMPLING, None))
+            while not all(server.in_flight for server in pool.servers):
+                await asyncio.sleep(0.01)
+            start = time.perf_counter()
+            await pool.install(Weights(2))
+            took = time.perf_counter() - start
+            await answering
+            # The first server loads while the second one still answers: both begin with a wait, and each loads for 0.5 s.
+            waits = times["first answered"] - start, times["second answered"] - times["first loaded"]
+            # From below it is bounded less sharply: a load ends for the pool after the stub has said so, and a probe.
+            assert sum(waits) > 1.3 and sum(waits) - 0.8 < pool.waited_s < took - 1.0
+            await pool.install(Weights(3))  # nobody is asked anything
+            assert pool.waited_s < 0.3
+
+    run(work())
+
+
+def test_what_waits_for_a_lost_server_is_answered_with_the_weights_of_now_and_not_with_later_ones(stubs):
+    async def work():
+        async with opened(at(*(stub.url for stub in stubs))) as pool:
+            await pool.until(lambda: all(server.info for server in pool.servers))
+            await pool.install(Weights(1))
+
+            def generate(message):
+                time.sleep(0.0 if "prompt_logprobs" in message["sampling_params"] else 0.3)
+                return stubs[0].usual(GENERATE, message)
+
+            stubs[0].answers[GENERATE] = generate
+            stubs[1].answers[INFO] = lambda _: (500, {"error": "not yet"})
+            await pool.lost(pool.servers[1], pool.servers[1].gone, "for the test")
+            answering = asyncio.ensure_future(answer(pool, jobs(*range(3, 19)), SAMPLING, None))
+            while not pool.servers[0].in_flight:
+                await asyncio.sleep(0.01)
+            await pool.install(Weights(2))
+            assert [label for _, _, label in await answering] == ["run:1"] * 16
+
+    run(work())
 
 
 # A stub that is asleep answers nothing, and one that has slept without its weights answers nothing before it has new ones.
@@ -356,7 +483,7 @@ def test_a_server_that_slept_answers_with_the_next_weights_also_where_they_are_t
                 await pool.sleep()
                 assert pool.servers[0].state == ASLEEP
                 await pool.install(Weights(1, is_adapter))
-                ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+                ((_, answers, _),) = await answer(pool, jobs(3), SAMPLING, None)
                 assert answers[0].labels == {"run:1"} and (pool.loads, pool.restarts) == (loads, 0)
 
     run(work())
@@ -369,7 +496,7 @@ def test_a_server_that_refuses_what_comes_after_its_sleep_gets_the_weights_befor
             await pool.sleep()
             with pytest.raises(Refused, match="version 2 is not for me"):
                 await pool.install(Weights(2))
-            ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+            ((_, answers, _),) = await answer(pool, jobs(3), SAMPLING, None)
             assert answers[0].labels == {"run:1"} and pool.restarts == 0
 
     run(work())
@@ -384,11 +511,11 @@ def test_a_server_that_dies_in_its_sleep_is_not_started_before_there_is_memory_f
             await pool.sleep()
             assert server.process is not None
             os.killpg(server.process.pid, signal.SIGKILL)
-            await pool._until(lambda: server.state == STARTING)
+            await pool.until(lambda: server.state == STARTING)
             await asyncio.sleep(0.5)
             assert server.process.ended() is not None
             await pool.install(Weights(2))
-            ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+            ((_, answers, _),) = await answer(pool, jobs(3), SAMPLING, None)
             assert answers[0].labels == {"run:2"} and pool.restarts == 1
 
     run(work())
@@ -406,9 +533,9 @@ def test_a_server_that_does_not_fall_asleep_is_ended_and_started_again_when_ther
                 await asyncio.sleep(0.05)
             assert server.state == STARTING and "Memory usage increased after sleeping" in server.reason
             with pytest.raises(RuntimeError, match="the servers sleep: update_weights comes before generate"):
-                await pool.answer(jobs(3), SAMPLING, None)
+                await answer(pool, jobs(3), SAMPLING, None)
             await pool.install(Weights(2))
-            ((_, answers, _),) = await pool.answer(jobs(3), SAMPLING, None)
+            ((_, answers, _),) = await answer(pool, jobs(3), SAMPLING, None)
             assert answers[0].labels == {"run:2"}
 
     run(work())

@@ -74,7 +74,7 @@ def weights(engine: VllmEngine, version: int) -> dict:
 
 
 def until(engine: VllmEngine, condition: Callable[[], bool]) -> None:
-    engine._call(asyncio.wait_for(engine.pool._until(condition), 30.0))
+    engine._call(asyncio.wait_for(engine.pool.until(condition), 30.0))
 
 
 def all_serve(engine: VllmEngine) -> bool:
@@ -176,12 +176,13 @@ def test_weights_that_went_wrong_are_refused_before_a_server_hears_of_them(stubs
     assert versions(engine) == {1} and engine.pool.loads == 1
 
 
-def test_one_server_that_cannot_be_asked_for_its_transport_does_not_end_the_run(stubs, engine_of):
+@pytest.mark.parametrize("reply", [(500, {"error": "no"}), (200, "<html>")], ids=["an error", "a page"])
+def test_one_server_that_cannot_be_asked_for_its_transport_does_not_end_the_run(stubs, engine_of, reply):
     engine = engine_of(urls=tuple(stub.url for stub in stubs), max_restarts=1)
     ready(engine)
     engine.update_weights(weights(engine, 1), 1)
     until(engine, lambda: all_serve(engine))
-    stubs[0].answers[SEES] = lambda _: (500, {"error": "no"})
+    stubs[0].answers[SEES] = lambda _: reply
     engine.update_weights(weights(engine, 2), 2)
     until(engine, lambda: engine.pool.servers[0].state == DEAD)
     assert "a look at a file" in engine.pool.servers[0].reason

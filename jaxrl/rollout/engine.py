@@ -87,6 +87,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def waited_s(self) -> float:
+        """For how long the last update of the weights waited for answers, and did nothing else."""
+        ...
+
+    @property
     def weights_gb(self) -> float:
         """What the last update of the weights brought to the engine, in 2**30 bytes."""
         ...

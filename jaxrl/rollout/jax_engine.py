@@ -69,6 +69,10 @@ class JaxEngine:
     def answers_while_it_loads(self) -> bool:
         return False
 
+    @property
+    def waited_s(self) -> float:
+        return 0.0
+
     def update_weights(self, variables: Tree, version: int) -> None:
         self.weights = None  # before the new ones are made: never two copies
         self.weights = jax.block_until_ready(self.programs.unstack(variables))

@@ -73,7 +73,8 @@ class Client:
 
     async def sees(self, path: str) -> bool:
         """Whether the server has a file; a relative path is one of an export that was uploaded."""
-        return (await self._send("GET", f"{SEES}?{path}", what="a look at a file"))["sees"]
+        what = "a look at a file"
+        return _part("sees", await self._send("GET", f"{SEES}?{path}", what=what), what)
 
     async def ping(self) -> None:
         await self._rpc("jaxrl_ping", what="a sign of life", timeout_s=None)
@@ -103,7 +104,7 @@ class Client:
         """Send an export, or what it changes of the one that the server has as `base` and loses by that; its path there."""
         route = UPLOAD + name + (f"?{base}" if base else "")
         answer = await self._send("PUT", route, content=chunks, what="an export", timeout_s=timeout_s)
-        return answer["path"]
+        return _part("path", answer, "an export")
 
     async def load(self, path: str, manifest: Manifest, *, timeout_s: float) -> dict[str, Any]:
         """Put an export in the place of the old weights. What the server says of it: digest, seconds."""
@@ -175,6 +176,12 @@ class Client:
         except (httpx.HTTPStatusError, ValueError):
             text = " ".join(reply.text.split())[:300]
             raise ServerLost(f"it was asked for {what} and answered {reply.status_code}: {text}") from None
+
+
+def _part(name: str, answer: dict[str, Any], what: str) -> Any:
+    if name not in answer:
+        raise ServerLost(f"it was asked for {what} and answered nonsense")
+    return answer[name]
 
 
 def _accepted(results: list[dict[str, Any]]) -> dict[str, Any]:

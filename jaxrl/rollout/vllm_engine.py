@@ -38,9 +38,10 @@ from ..weights.sync import Export, SharedFolder, adapter_export, model_export, s
 from .engine import Report, Sampling, check_prompt
 from .vllm_adapter import ServerSpec
 from .vllm_client import ServerLost
-from .vllm_pool import DEAD, STARTING, Job, Pool, Server
+from .vllm_pool import DEAD, STARTING, Pool, Server
 from .vllm_process import ServerProcess
 from .vllm_publication import Publication
+from .vllm_requests import Job, answer
 
 Tree = Any
 T = TypeVar("T")
@@ -117,6 +118,10 @@ class VllmEngine:
         """
         num_servers = len(self.settings.urls) or self.settings.num_servers
         return self._link.num_processes == 1 and num_servers > 1
+
+    @property
+    def waited_s(self) -> float:
+        return self.pool.waited_s if self._link.is_first else 0.0
 
     @property
     def weights_gb(self) -> float:
@@ -262,7 +267,7 @@ class VllmEngine:
                 n = min(most, sampling.n - start)
                 jobs.append(Job(p, prompt.token_ids, n, limit, first + start))
         drawn = []
-        for job, answers, label in self._call(self.pool.answer(jobs, sampling, report)):
+        for job, answers, label in self._call(answer(self.pool, jobs, sampling, report)):
             run, _, version = label.rpartition(":")
             assert run == self.run, label
             drawn += [(job.prompt, a.token_ids, a.logprobs, a.finished, int(version)) for a in answers]

@@ -1,27 +1,27 @@
-"""The servers of a run, on one event loop: who has which weights, who gets the next request, and what is done about one
-that fails.
+"""The servers of a run, on one event loop: who lives, who has which weights, and what is done about one that fails.
 
 A server is STARTING (until it has the current weights), SERVING, DRAINING (it answers what it was asked before new
 weights come, and is asked no more), LOADING them (while others may still answer), ASLEEP (it has given its memory back
 until new weights come), or DEAD (given up). It is lost when its process ends, a request breaks, an answer makes no sense,
-or it gives no sign of life; it is then started again with the weights of now, and what it had not answered is asked anew,
-so that every prompt is answered once. A server that fails `max_restarts` times in a row is dropped (one that is named by
-its URL is tried again with the next weights); when none is left the run ends, with the reason.
+or it gives no sign of life; it is then started again with the weights of now. A server that fails `max_restarts` times
+in a row is dropped (one that is named by its URL is tried again with the next weights); when none is left the run ends,
+with the reason. What servers are asked is in `vllm_requests.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ..config import VllmSection
-from .engine import EngineLost, Report, Sampling
+from .engine import EngineLost
 from .protocol import Manifest, Refused
-from .vllm_adapter import KEEP_NOTHING, KEEP_WEIGHTS, Answer, untried
+from .vllm_adapter import KEEP_NOTHING, KEEP_WEIGHTS, untried
 from .vllm_client import Client, ServerLost
 from .vllm_process import ServerProcess
 
@@ -30,9 +30,8 @@ T = TypeVar("T")
 
 STARTING, SERVING, DRAINING, LOADING = "starting", "serving", "draining", "loading"
 ASLEEP, DEAD = "asleep", "dead"
+WATCHED = (SERVING, DRAINING, ASLEEP)  # starting and loading have time limits of their own
 POLL_S = 0.25
-SLOWEST_S = 5.0  # for a token: a response that takes longer was lost on its way, though its server gives signs of life
-OVERBOOKED = 2  # sequences that wait at a server for each that it decodes, so that none of its places stays empty
 
 
 class Publication(Protocol):
@@ -50,17 +49,6 @@ class Publication(Protocol):
 
     def anew(self, server: Server) -> None:
         """The server has thrown it away, and is to be brought it again."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A prompt, and which responses to it are wanted."""
-
-    prompt: int
-    token_ids: Sequence[int]
-    n: int
-    max_tokens: int
-    seed: int
 
 
 @dataclass(eq=False)
@@ -84,6 +72,10 @@ class Server:
     def __str__(self) -> str:
         return f"vLLM {self.name}"
 
+    def has(self, publication: Publication) -> bool:
+        """Also the contents are compared: a version may be published again with others."""
+        return (self.label, self.content) == (publication.label, publication.manifest.digest)
+
     def forget(self, reason: str) -> None:
         """Whatever weights it had, nobody knows that it has them still."""
         self.reason, self.label, self.content, self.live_digest = reason, None, None, None
@@ -96,7 +88,9 @@ class Pool:
         self.current: Publication | None = None
         self.restarts = self.loads = 0
         self.is_asleep = False  # the servers that are started here, as there is no memory for them
-        self._unasked = 0  # jobs that no server has been asked yet
+        self.unasked = 0  # requests that wait for a server
+        self.waited_s = 0.0  # of the last `install`, in which answers were waited for and nothing else was done
+        self._num_busy, self._idle_since = 0, 0.0  # with bringing weights or loading them
         self._changed = asyncio.Condition()
         self._installing = asyncio.Lock()  # until it is known whether the servers take the weights
         self._tasks: set[asyncio.Task] = set()
@@ -121,7 +115,7 @@ class Pool:
     async def ready(self) -> dict[str, Any]:
         """What the first server that has started says of itself. Raises ValueError where none can be started."""
         try:
-            await self._until(lambda: any(server.info for server in self.servers))
+            await self.until(lambda: any(server.info for server in self.servers))
         except EngineLost as error:
             raise ValueError(str(error)) from None
         return next(server.info for server in self.servers if server.info)
@@ -138,11 +132,15 @@ class Pool:
         task.add_done_callback(self._tasks.discard)
 
     async def _set(self, server: Server, state: str) -> None:
+        server.state = state
+        await self.tell()
+
+    async def tell(self) -> None:
+        """Whoever waits `until` something looks again."""
         async with self._changed:
-            server.state = state
             self._changed.notify_all()
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
+    async def until(self, condition: Callable[[], bool]) -> None:
         """Waits for a change after which `condition` holds; every state has a time limit of its own."""
         async with self._changed:
             await self._changed.wait_for(lambda: condition() or all(s.state == DEAD for s in self.servers))
@@ -171,7 +169,7 @@ class Pool:
             try:
                 if self.is_asleep and server.process is not None:
                     await self._end(server)  # what is left of it holds memory that is another's now
-                    await self._until(lambda: not self.is_asleep)
+                    await self.until(lambda: not self.is_asleep)
                 await self._start(server)
                 while not await self._serves(server):
                     await self._catch_up(server)
@@ -215,12 +213,10 @@ class Pool:
 
     async def _serves(self, server: Server) -> bool:
         """SERVING from now on, if it has the current weights."""
-        async with self._changed:
-            if self.current is not None and server.label != self.current.label:
-                return False
-            server.state = SERVING
-            self._changed.notify_all()
-            return True
+        if self.current is not None and not server.has(self.current):
+            return False
+        await self._set(server, SERVING)
+        return True
 
     async def _start(self, server: Server) -> None:
         """Until it answers for the first time."""
@@ -234,11 +230,12 @@ class Pool:
                 break
             except ServerLost as lost:
                 ended = None if process is None else process.ended()
-                if process is not None and process.port_was_taken():
+                is_late = asyncio.get_running_loop().time() > deadline
+                if process is not None and process.port_was_taken() and not is_late:
                     await self._launch(server)  # another program was quicker: at another port
                 elif ended is not None:
                     raise ServerLost(f"it did not start: {ended}") from None
-                elif asyncio.get_running_loop().time() > deadline:
+                elif is_late:
                     where = f"it is {server.url}" if process is None else f"its log is {process.log}"
                     raise ServerLost(
                         f"it was waited for {limit_s:.0f} s (rollout.vllm.start_timeout_s) to start, and {lost}; {where}"
@@ -247,8 +244,7 @@ class Pool:
         server.has_started = True
         if warning := untried(server.info["vllm"]):
             log.warning("%s: %s", server, warning)
-        async with self._changed:
-            self._changed.notify_all()
+        await self.tell()
 
     async def _launch(self, server: Server) -> None:
         """A client for it, and where it is started here its process."""
@@ -265,21 +261,23 @@ class Pool:
         while True:
             await asyncio.sleep(POLL_S)
             gone = server.gone
-            if server.state not in (SERVING, DRAINING, ASLEEP):
-                continue  # starting and loading have time limits of their own
+            if server.state not in WATCHED:
+                continue
             if server.process is not None and (ended := server.process.ended()):
                 await self.lost(server, gone, ended)
             elif server.client is not None:
                 try:
-                    await asyncio.wait_for(self._or_gone(server, server.client.ping()), self.settings.stall_timeout_s)
+                    await asyncio.wait_for(self.or_gone(server, server.client.ping()), self.settings.stall_timeout_s)
                     await asyncio.sleep(pause - POLL_S)
+                    continue
                 except TimeoutError:
-                    seconds = self.settings.stall_timeout_s
-                    await self.lost(server, gone, f"it gave no sign of life for {seconds:.0f} s")
+                    reason = f"it gave no sign of life for {self.settings.stall_timeout_s:.0f} s"
                 except Exception as lost:  # whatever it is: nobody else watches this server
-                    await self.lost(server, gone, str(lost) or repr(lost))
+                    reason = str(lost) or repr(lost)
+                if server.state in WATCHED:  # and has not begun to load meanwhile, for which a sign of life waits
+                    await self.lost(server, gone, reason)
 
-    async def _or_gone(self, server: Server, work: Awaitable[T]) -> T:
+    async def or_gone(self, server: Server, work: Awaitable[T]) -> T:
         """What `work` returns, unless the server is lost before."""
         task, gone = asyncio.ensure_future(work), asyncio.ensure_future(server.gone.wait())
         try:
@@ -297,7 +295,7 @@ class Pool:
     async def sleep(self) -> None:
         """The servers that were started here give their memory back until `install`. They have answered everything."""
         own = [server for server in self.servers if server.process is not None]
-        await self._until(lambda: all(server.state in (SERVING, DEAD) for server in own))  # one may have been lost
+        await self.until(lambda: all(server.state in (SERVING, DEAD) for server in own))  # one may have been lost
         self.is_asleep = True
         await asyncio.gather(*(self._put_to_sleep(server) for server in own if server.state == SERVING))
 
@@ -318,12 +316,12 @@ class Pool:
         What is under way is answered with the weights before; each server takes the new ones as soon as it is idle.
         Raises Refused where a server does not take them; the weights before go on answering, on all of them.
         """
-        await self._until(lambda: not self._unasked)
+        self.waited_s, self._idle_since = 0.0, time.perf_counter()
+        await self.until(lambda: not self.unasked)
         async with self._installing:
             before, self.current = self.current, publication
-            async with self._changed:
-                self.is_asleep = False
-                self._changed.notify_all()
+            self.is_asleep = False
+            await self.tell()
             for server in self.servers:
                 if server.state == DEAD and server.process is None:  # whoever started it may have started it again
                     server.failures = 0
@@ -331,7 +329,8 @@ class Pool:
                     self._spawn(self._bring_up(server))
             # What is uploaded is there before a server stops to answer.
             ready = [server for server in self.servers if server.state in (SERVING, ASLEEP)]
-            await asyncio.gather(*(self._bring(server) for server in ready))
+            with self._busy():
+                await asyncio.gather(*(self._bring(server) for server in ready))
             ready = [server for server in self.servers if server.state in (SERVING, ASLEEP)]
             results = await asyncio.gather(*(self._replace(server) for server in ready), return_exceptions=True)
             if any(isinstance(error, Refused) for error in results):
@@ -340,7 +339,19 @@ class Pool:
         for error in results:
             if error is not None:
                 raise error
-        await self._until(lambda: any(s.state == SERVING and s.label == publication.label for s in self.servers))
+        await self.until(lambda: any(s.state == SERVING and s.has(publication) for s in self.servers))
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Something is done for the weights; where nothing was done before, `install` had to wait."""
+        if not self._num_busy:
+            self.waited_s += time.perf_counter() - self._idle_since
+        self._num_busy += 1
+        try:
+            yield
+        finally:
+            self._num_busy -= 1
+            self._idle_since = time.perf_counter()
 
     async def _bring(self, server: Server) -> None:
         gone, publication = server.gone, self.current
@@ -364,7 +375,8 @@ class Pool:
         try:
             await self._set(server, LOADING)
             assert self.current is not None
-            await self._load(server, self.current, wakes=wakes)
+            with self._busy():
+                await self._load(server, self.current, wakes=wakes)
             await self._set(server, SERVING)
         except ServerLost as lost:
             await self.lost(server, gone, str(lost))
@@ -379,7 +391,7 @@ class Pool:
         if self.current is None:
             server.label = None  # it answers nothing until there are weights that all take
             return
-        if server.state != SERVING or server.label == self.current.label:
+        if server.state != SERVING or server.has(self.current):
             return
         gone = server.gone
         self.current.anew(server)
@@ -440,84 +452,3 @@ class Pool:
         if self.settings.probe_tolerance is not None:
             return self.settings.probe_tolerance
         return 1e-3 if server.info["dtype"] == "float32" else 0.15
-
-    # Requests.
-
-    async def answer(
-        self, jobs: Sequence[Job], sampling: Sampling, report: Report | None
-    ) -> list[tuple[Job, list[Answer], str]]:
-        """The answers to every job, in order, with the label of the weights that gave them."""
-        if self.is_asleep:
-            raise RuntimeError("the servers sleep: update_weights comes before generate")
-        assert self.current is not None, "generate before the first update_weights"
-        waiting = deque(range(len(jobs)))
-        self._unasked += len(jobs)
-        results: list[tuple[Job, list[Answer], str] | None] = [None] * len(jobs)
-        finished = tokens = 0
-
-        async def work() -> None:
-            nonlocal finished, tokens
-            while waiting:
-                number = waiting.popleft()
-                self._unasked -= 1
-                answers, label = await self._ask(jobs[number], sampling)
-                results[number] = jobs[number], answers, label
-                finished += len(answers)
-                tokens += sum(len(answer.token_ids) for answer in answers)
-                if report is not None:
-                    report(finished, tokens)
-
-        places = sum(max(1, self._places // jobs[0].n) for _ in self.servers)
-        workers = [asyncio.ensure_future(work()) for _ in range(min(len(jobs), places))]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-            async with self._changed:
-                self._unasked -= len(waiting)
-                self._changed.notify_all()
-        return [result for result in results if result is not None]
-
-    @property
-    def _places(self) -> int:
-        return OVERBOOKED * self.max_num_seqs
-
-    async def _ask(self, job: Job, sampling: Sampling) -> tuple[list[Answer], str]:
-        """Answers of one server and one version, whatever number of servers fail on the way."""
-        while True:
-            server = await self._pick(job.n)
-            gone, label = server.gone, server.label
-            assert server.client is not None and label is not None and self.current is not None
-            try:
-                answers = await self._or_gone(server, server.client.generate(
-                    job.token_ids, sampling, n=job.n, max_tokens=job.max_tokens, seed=job.seed,
-                    adapter=self.current.is_adapter,
-                    timeout_s=self.settings.stall_timeout_s + OVERBOOKED * job.max_tokens * SLOWEST_S,
-                ))  # fmt: skip
-                if wrong := [answer.labels for answer in answers if answer.labels != {label}]:
-                    raise ServerLost(f"it answered with the weights {sorted(wrong[0])} where it has {label}")
-                server.failures = 0
-                return answers, label
-            except ServerLost as lost:
-                await self.lost(server, gone, str(lost))
-            finally:
-                async with self._changed:
-                    server.in_flight -= job.n
-                    self._changed.notify_all()
-
-    async def _pick(self, n: int) -> Server:
-        """The server with the fewest sequences, among those that serve and have room."""
-
-        def open_ones() -> list[Server]:
-            return [
-                s for s in self.servers
-                if s.state == SERVING and s.label and (not s.in_flight or s.in_flight + n <= self._places)
-            ]  # fmt: skip
-
-        while not (ready := open_ones()):
-            await self._until(lambda: bool(open_ones()))
-        server = min(ready, key=lambda s: s.in_flight)
-        server.in_flight += n
-        return server
