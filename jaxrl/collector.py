@@ -87,9 +87,10 @@ class Collector:
                 baselines = np.array(rewards, np.float32)
         return Experience(prompts, rollouts, scores, texts, baselines, self.loader.epoch, metrics, timer.seconds)
 
-    def held_out(self, prompts: list[Prompt]) -> Experience:
-        """The answers to a validation set, as `rollout.val_kwargs` says."""
-        rollouts = self.generate(prompts, self._sampling(self.config.rollout.val_kwargs), seed=self.config.trainer.seed)
+    def held_out(self, prompts: list[Prompt], *, greedy: bool) -> Experience:
+        """The answers to a validation set: greedy ones, or as `rollout.val_kwargs` says."""
+        sampling = self._sampling(self.config.rollout.val_kwargs, greedy=greedy)
+        rollouts = self.generate(prompts, sampling, seed=self.config.trainer.seed)
         texts, scores = self.score(prompts, rollouts)
         return Experience(prompts, rollouts, scores, texts, None, self.loader.epoch)
 

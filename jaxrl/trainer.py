@@ -437,16 +437,14 @@ class Trainer:
     def validate(self, step: int, samples: Samples) -> dict[str, float]:
         """Rewards on the held-out problems with the weights that the engine has."""
         assert self.val is not None
-        e = self.collector.held_out(list(self.val))
-        self._log(samples, step, "val", e)
-        names = sorted({name for score in e.scores for name in score.metrics})
-        columns: dict[str, list] = {name: [_measured(s, name) for s in e.scores] for name in names}
-        if any(s.pred is not None for s in e.scores):
-            columns["pred"] = [s.pred for s in e.scores]
-        return validation_metrics(
-            [e.prompts[r.group].data_source for r in e.rollouts], [r.group for r in e.rollouts],
-            [s.reward for s in e.scores], columns,
-        ) | {"val-aux/reward_errors": sum(s.error is not None for s in e.scores)}  # fmt: skip
+        prompts, errors = list(self.val), 0
+        metrics: dict[str, float] = {}
+        for name, greedy in self.config.validations.items():
+            e = self.collector.held_out(prompts, greedy=greedy)
+            self._log(samples, step, name, e)
+            metrics |= _validation_metrics(e)
+            errors += sum(score.error is not None for score in e.scores)
+        return metrics | {"val-aux/reward_errors": errors}
 
     def _staleness(self, step: int, e: Experience) -> int:
         """How many updates the weights that sampled are behind; samples of any other weights enter no batch."""
@@ -479,6 +477,17 @@ def _checkpoint_named(folder: Path) -> tuple[str, int]:
     if not match or not folder.is_dir():
         raise ValueError(f"trainer.resume_from_path {folder} is not a checkpoint folder global_step_<n>")
     return str(folder.parent), int(match[1])
+
+
+def _validation_metrics(e: Experience) -> dict[str, float]:
+    names = sorted({name for score in e.scores for name in score.metrics})
+    columns: dict[str, list] = {name: [_measured(s, name) for s in e.scores] for name in names}
+    if any(s.pred is not None for s in e.scores):
+        columns["pred"] = [s.pred for s in e.scores]
+    return validation_metrics(
+        [e.prompts[r.group].data_source for r in e.rollouts], [r.group for r in e.rollouts],
+        [s.reward for s in e.scores], columns,
+    )  # fmt: skip
 
 
 def _measured(score: Score, name: str) -> float | None:

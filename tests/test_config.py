@@ -205,6 +205,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ),
         (["rollout.val_kwargs.n=2"], "val_kwargs.n above 1 needs rollout.val_kwargs.temperature above 0"),
         (
+            ["rollout.val_kwargs.greedy=true", "rollout.val_kwargs.temperature=1"],
+            "val_kwargs.greedy is a greedy answer .* beside n samples .* set rollout.val_kwargs.n above 1",
+        ),
+        (
             ["algorithm.rollout_correction.bypass_mode=true", "algorithm.rollout_correction.rollout_is=token"],
             "bypass_mode leaves nothing to correct",
         ),

@@ -26,7 +26,7 @@ from jaxrl.plan import check
 from jaxrl.plan.costs import bytes_of, cost
 from jaxrl.plan.hlo import facts
 from jaxrl.plan.memory import memory_of
-from jaxrl.plan.programs import Work, batches_of, programs_of, roles_of, updates_of
+from jaxrl.plan.programs import Work, batches_of, engine_of, programs_of, roles_of, updates_of
 from jaxrl.plan.report import Plan, make_plan, table, verdict
 from jaxrl.plan.sources import described_model
 from jaxrl.plan.sweep import meshes, sweep, sweep_table
@@ -211,6 +211,14 @@ def test_later_turns_are_planned_with_prompts_that_hold_the_turns_before_them():
     c = config(rollout={"n": 2, "multi_turn": {"function": "f.py:reply"}})
     batch = batches_of(c)["turns"]
     assert (batch.num_prompts, batch.longest_prompt, batch.sampling.n) == (64, 63, 1)
+
+
+def test_a_validation_that_samples_and_answers_greedily_is_planned_with_the_prompts_of_either():
+    sampled = {"temperature": 1.0, "n": 4, "greedy": True}
+    c = config(data={"val_files": "val.parquet"}, rollout={"max_num_seqs": 64, "val_kwargs": sampled})
+    batches, engine = batches_of(c), engine_of(c, roles_of(c, make_mesh(1, 1, 1)))
+    assert batches["val_greedy"].sampling.temperature == 0
+    assert [batches[name].largest(engine).prompts for name in ("val", "val_greedy")] == [16, 64]
 
 
 def test_an_offloaded_base_comes_whole_when_the_engine_takes_it_and_layer_by_layer_in_an_update():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from jaxrl.config import from_dict
+from jaxrl.loggers import Run, Samples
 from jaxrl.parallel import make_mesh
 from jaxrl.plan import check
 from jaxrl.plan.programs import roles_of
@@ -253,7 +255,8 @@ def graded(solution_str, ground_truth, extra_info):
 def test_a_sample_whose_reward_failed_counts_as_wrong_and_is_counted(settings, tmp_path):
     (tmp_path / "half.py").write_text(FAILS_HALF)
     tree = settings("half", reward={"functions": [{"name": f"{tmp_path}/half.py:graded"}]},
-                    rollout__val_kwargs={"temperature": 1.0, "n": 2}, trainer__total_training_steps=1)  # fmt: skip
+                    rollout__val_kwargs={"temperature": 1.0, "n": 2, "greedy": True},
+                    trainer__total_training_steps=1)  # fmt: skip
     for split in ("train", "val"):
         path = tmp_path / f"{split}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -261,9 +264,28 @@ def test_a_sample_whose_reward_failed_counts_as_wrong_and_is_counted(settings, t
     first, last = run(tree)
     assert last["reward/errors"] > 0 == last["reward/errors"] % 4  # all four responses to some prompts
     for row in (first, last):
-        assert row["val-core/sums/acc/mean@2"] == 0.5 and row["val-aux/reward_errors"] == 8
+        assert row["val-core/sums/acc/mean@2"] == 0.5 == row["val-core/sums/acc/mean@1"]
+        assert row["val-aux/reward_errors"] == 8 + 4  # of sampled answers and of greedy ones
         assert row["val-aux/sums/reward/mean@2"] == 0.5  # the score, not the metric of that name
         assert row["val-core/sums/acc/maj@2/mean"] == 0.5
+
+
+def test_a_validation_that_samples_and_answers_greedily_gives_the_numbers_of_either(settings, tmp_path):
+    def validate(name: str, **val_kwargs) -> tuple[dict, list[dict]]:
+        trainer = Trainer(from_dict(settings(name, rollout={"val_kwargs": val_kwargs})), trains=False)
+        run = Run(tmp_path / name, "project", name, {}, epochs=1, steps=1, first_step=0)
+        with closing(trainer.engine), trainer.scorer, closing(Samples(run)) as samples:
+            trainer.engine.update_weights(trainer.roles.actor_variables(), 0)
+            metrics = trainer.validate(0, samples)
+        return metrics, [json.loads(line) for line in (tmp_path / name / "samples.jsonl").open()]
+
+    greedy, greedy_rows = validate("greedy")
+    sampled, sampled_rows = validate("sampled", n=4, temperature=1.0)
+    both, rows = validate("both", n=4, temperature=1.0, greedy=True)
+    assert both == greedy | sampled
+    name = "val-core/sums/reward"
+    assert both[f"{name}/best@4/mean"] > both[f"{name}/mean@4"] != both[f"{name}/mean@1"]
+    assert rows == sampled_rows + [row | {"split": "val_greedy"} for row in greedy_rows]
 
 
 def test_kl_with_coefficient_0_is_watched_and_moves_nothing(settings):

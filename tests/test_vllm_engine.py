@@ -577,7 +577,10 @@ def test_a_run_on_the_sidecar_is_the_run_on_the_jax_engine_where_nothing_is_left
                 "train_files": str(tmp_path / "train.jsonl"), "val_files": str(tmp_path / "val.jsonl"),
                 "max_prompt_length": 8, "max_response_length": 6, "train_batch_size": 8,
             },
-            "rollout": {"top_k": 1, "max_num_seqs": 16, **rollout},
+            "rollout": {
+                "top_k": 1, "max_num_seqs": 16, "val_kwargs": {"top_k": 1, "temperature": 1.0, "n": 2, "greedy": True},
+                **rollout,
+            },
             "reward": {"functions": [{"name": f"{tmp_path}/reward.py:letters"}]},
             "algorithm": {"adv_estimator": "reinforce_plus_plus"},
             "actor": {"ppo_mini_batch_size": 8, "ppo_max_token_len_per_gpu": 256, "optim": {"lr": 1e-3}},
@@ -594,6 +597,7 @@ def test_a_run_on_the_sidecar_is_the_run_on_the_jax_engine_where_nothing_is_left
         for name in names:
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-4), (ours["step"], name)
     assert logs["vllm"][1]["actor/grad_norm"] > 0
+    assert {"val-core/sums/reward/mean@1", "val-core/sums/reward/mean@2"} <= logs["vllm"][0].keys()
 
 
 def test_a_run_one_step_off_publishes_while_its_servers_may_still_answer(tied, served_models, tmp_path, monkeypatch):

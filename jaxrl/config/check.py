@@ -138,6 +138,11 @@ def check(c: Config) -> None:
     _check_sampling(c)
     if c.rollout.val_kwargs.temperature == 0 and c.rollout.val_kwargs.n > 1:
         raise ValueError("rollout.val_kwargs.n above 1 needs rollout.val_kwargs.temperature above 0")
+    if c.rollout.val_kwargs.greedy and c.rollout.val_kwargs.n == 1:
+        raise ValueError(
+            "rollout.val_kwargs.greedy is a greedy answer (mean@1) beside n samples (mean@n): set rollout.val_kwargs.n above "
+            "1, or for greedy answers alone rollout.val_kwargs.temperature=0 without it"
+        )
     wrong = [name for name in c.model.lora_targets if name not in LORA_TARGETS]
     if c.model.lora_rank and (wrong or not c.model.lora_targets):
         raise ValueError(f"model.lora_targets {list(c.model.lora_targets)} must be some of {', '.join(LORA_TARGETS)}")

@@ -234,7 +234,7 @@ class Batch(NamedTuple):
 
 
 def batches_of(c: Config) -> dict[str, Batch]:
-    """What the engine is asked in training (`gen`), in validation (`val`) and in later turns (`turns`).
+    """What the engine is asked in training (`gen`), in validation (`val`, `val_greedy`) and in later turns (`turns`).
 
     How many prompts there are to validate nobody knows: as many as decode together.
     """
@@ -243,8 +243,9 @@ def batches_of(c: Config) -> dict[str, Batch]:
         "gen": Batch(d.train_batch_size, d.max_prompt_length, sampling_of(c.rollout, max_tokens=most, stop_ids=()))
     }
     if d.val_files is not None:
-        sampling = sampling_of(c.rollout.val_kwargs, max_tokens=most, stop_ids=())
-        batches["val"] = Batch(None, d.max_prompt_length, sampling)
+        for name, greedy in c.validations.items():
+            sampling = sampling_of(c.rollout.val_kwargs, max_tokens=most, stop_ids=(), greedy=greedy)
+            batches[name] = Batch(None, d.max_prompt_length, sampling)
     if c.rollout.multi_turn.function is not None:  # every response is a prompt of its own there
         counts = [b.num_prompts * b.sampling.n for b in batches.values() if b.num_prompts is not None]
         count = max(counts) if len(counts) == len(batches) else None
