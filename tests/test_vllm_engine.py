@@ -35,12 +35,12 @@ from jaxrl.batch import Prompt, Rollout
 from jaxrl.config import Model, VllmSection, from_dict
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import head_table, hidden_states, init_params
+from jaxrl.models.truncation import keep_top_k, keep_top_p
 from jaxrl.parallel import make_mesh
 from jaxrl.roles import abstract_variables, actor_config, load_base, model_config
 from jaxrl.rollout.engine import Engine, Sampling
 from jaxrl.rollout.jax_engine import JaxEngine
 from jaxrl.rollout.protocol import Refused
-from jaxrl.rollout.sampling import keep_top_k, keep_top_p
 from jaxrl.rollout.turns import Turns
 from jaxrl.rollout.vllm_client import ServerLost
 from jaxrl.rollout.vllm_engine import VllmEngine
