@@ -277,8 +277,8 @@ class PromptLoader(Iterator[list[Prompt]]):
             raise ValueError(f"data.seed is {seed}: it must be 0 or more")
         if drop_last and len(dataset) < prompts_per_step:
             raise ValueError(
-                f"{dataset.name} has {len(dataset)} prompts, fewer than the {prompts_per_step} of a step: lower the "
-                f"prompts a step or use more data"
+                f"{dataset.name} has {len(dataset)} prompts, fewer than the {prompts_per_step} of a step: lower "
+                "data.train_batch_size or use more data"
             )
         self.dataset = dataset
         self.prompts_per_step = prompts_per_step

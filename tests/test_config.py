@@ -176,11 +176,12 @@ def test_settings_that_are_missing_are_all_named(file):
         ("model: [", "is not a YAML file of sections"),
         ("3", "is not a YAML file of sections"),
         ("model:", "model must be a section with keys, and is None"),
+        ("# caf\xe9\nmodel: {}", "is not a YAML file of sections: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_in_one_line(text, sentence, tmp_path):
     path = tmp_path / "broken.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=sentence) as caught:
         load(path)
     assert "broken.yaml" in str(caught.value) and "\n" not in str(caught.value)
@@ -189,6 +190,8 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(text, sentence, tmp_pat
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.yaml is not there"):
         load(tmp_path / "nowhere.yaml")
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder: --config takes a YAML file"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

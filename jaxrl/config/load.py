@@ -27,10 +27,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file with `a.b=c` overrides on top. Raises ValueError in words."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is not there: --config takes a YAML file such as configs/quickstart.yaml")
+        found = "is a folder" if path.is_dir() else "is not there"
+        raise ValueError(f"{path} {found}: --config takes a YAML file such as configs/quickstart.yaml")
     try:
         given = OmegaConf.load(StringIO(_with_bands_as_text(path.read_text(encoding="utf-8"))))
-    except (yaml.YAMLError, OSError) as error:  # OSError: the file holds one number or word
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:  # OSError: the file holds one number or word
         raise ValueError(f"{path} is not a YAML file of sections: {' '.join(str(error).split())}") from None
     if not isinstance(given, DictConfig):
         raise ValueError(f"{path} holds a list, and a config is sections with keys, as in configs/quickstart.yaml")
