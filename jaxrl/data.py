@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -333,6 +334,19 @@ class PromptLoader(Iterator[list[Prompt]]):
         if not self.shuffle:
             return np.arange(len(self.dataset))
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder; raises ValueError where none can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of many kinds, by what is missing; of a broken file it is an `Exception` itself
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{folder} holds no tokenizer that can be read ({reason}): fetch its tokenizer and config.json again"
+        ) from error
 
 
 def truncate(token_ids: list[int], max_length: int, side: Truncation) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
@@ -16,7 +17,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from . import config as config_module
 from . import preemption
@@ -26,7 +27,7 @@ from .algorithms.choose import choose
 from .checkpoint import Checkpoints
 from .collector import Collector, Experience, sampling_of
 from .config import Config
-from .data import PromptDataset, PromptLoader, Truncation
+from .data import PromptDataset, PromptLoader, Truncation, tokenizer_of
 from .distributed import check_same
 from .doctor import NUM_PROMPTS, Doctor
 from .gpu_memory import prepare_environment, takes_turns
@@ -149,6 +150,7 @@ class Trainer:
     def _where_to_start(self) -> tuple[str, int] | None:
         """The checkpoint to go on from: its folder's folder, and its step. Refuses a folder that holds another run."""
         t = self.config.trainer
+        _check_can_be_written(self.folder)
         saved = self.folder / "config.yaml"
         other_name = "set trainer.experiment_name or trainer.run_dir to another name"
         if saved.exists() and (changed := config_module.differences(self.config, saved)):
@@ -181,7 +183,7 @@ class Trainer:
             return given
         if self.source.tokenizer is None:
             raise ValueError(f"{self.source.name} brings no tokenizer: hand it over too, Trainer(..., tokenizer=...)")
-        return AutoTokenizer.from_pretrained(self.source.tokenizer)
+        return tokenizer_of(self.source.tokenizer)
 
     def _dataset(self, split: str, given: Any) -> PromptDataset:
         d = self.config.data
@@ -469,6 +471,16 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str
     named = generation_config.get("eos_token_id") or []
     stops = {named} if isinstance(named, int) else set(named)
     return tuple(sorted(stops if own is None else stops | {own}))
+
+
+def _check_can_be_written(folder: Path) -> None:
+    """Raises ValueError where the run's folder, which need not be there yet, could not be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "you may not write there" if there.is_dir() else "that is no folder"
+        raise ValueError(
+            f"the run's folder {folder} would be in {there}, and {what}: set trainer.run_dir to another one"
+        )
 
 
 def _checkpoint_named(folder: Path) -> tuple[str, int]:

@@ -114,6 +114,20 @@ def test_what_does_not_fit_is_named(tmp_path):
         Checkpoints(tmp_path, max_to_keep=0)
 
 
+@pytest.mark.parametrize("lost", ["d/*", "_METADATA", "manifest.ocdbt"])
+def test_a_damaged_checkpoint_is_named_with_the_fix_in_one_line(tmp_path, lost):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, some_state(), {})
+    checkpoints.wait()
+    for file in (tmp_path / "global_step_1").rglob(lost):
+        file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(
+        ValueError, match="global_step_1 cannot be read .*: it is damaged; remove that folder"
+    ) as caught:
+        Checkpoints(tmp_path).restore(1, abstract_of(some_state()))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
 def test_an_error_in_the_background_is_raised_by_wait(tmp_path):
     (tmp_path / "file").write_text("")
     checkpoints = Checkpoints(tmp_path)

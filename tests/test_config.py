@@ -218,6 +218,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         (["model.lora_rank=4", "model.lora_targets=[q_proj,wv]"], "model.lora_targets .*wv.* must be some of q_proj"),
         (["model.lora_rank=4", "model.lora_targets=[]"], "model.lora_targets .* must be some of q_proj"),
         (["trainer.resume_mode=resume_path"], "resume_path needs trainer.resume_from_path"),
+        (
+            ["trainer.resume_from_path=a/global_step_1"],
+            "resume_from_path is of trainer.resume_mode resume_path: set it",
+        ),
         (["model.lora_rank=4", "model.lora_alpha=0"], "model.lora_alpha 0.0 must be above 0"),
         (["actor.optim.clip_grad=-1"], "actor.optim.clip_grad is -1.0 and must be above 0"),
         (["critic.optim.lr=.nan"], "critic.optim.lr is nan and must be 0 or above"),
@@ -333,6 +337,13 @@ def test_a_saved_config_is_loaded_as_it_was(file, tmp_path):
     save(c, tmp_path / "saved.yaml")
     assert load(tmp_path / "saved.yaml") == c
     assert differences(c, tmp_path / "saved.yaml") == []
+
+
+@pytest.mark.parametrize("text", ["", "model: {path", "[]"])
+def test_a_folder_whose_config_cannot_be_read_is_refused_with_the_fix(file, tmp_path, text):
+    (tmp_path / "saved.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"saved.yaml is not what a run has written, .*: remove the file if this is"):
+        differences(load(file), tmp_path / "saved.yaml")
 
 
 def test_differences_name_what_changes_the_run_and_let_pass_what_does_not(file, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jaxrl.data import PromptDataset, PromptLoader, load_rows, truncate
+from jaxrl.data import PromptDataset, PromptLoader, load_rows, tokenizer_of, truncate
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
@@ -64,6 +64,20 @@ def verl_rows(count):
 
 def plain_rows(count):
     return [{"question": f"What is {i} + 1?", "answer": i + 1, "level": "easy"} for i in range(count)]
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "config.json"])
+def test_a_tokenizer_that_cannot_be_read_is_said_in_one_line(chat_tokenizer, tmp_path, broken):
+    with pytest.raises(ValueError, match="holds no tokenizer that can be read .*: fetch its tokenizer") as caught:
+        tokenizer_of(tmp_path)
+    assert "\n" not in str(caught.value)
+    chat_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 32}')
+    assert tokenizer_of(tmp_path).chat_template == TEMPLATE
+    (tmp_path / broken).write_text('{"model_type": "llama", "hidden_size": null}')
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no tokenizer that can be read") as caught:
+        tokenizer_of(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 # --- From a row to a prompt -------------------------------------------------------------------------------------------

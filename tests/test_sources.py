@@ -122,6 +122,11 @@ def test_wrong_sources_in_memory_are_named():
             load_rows(source, split=split)
 
 
+def test_the_mark_that_windows_puts_before_utf_8_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": "é"}\n{"a": "b"}\n', encoding="utf-8-sig")
+    assert load_rows(tmp_path / "rows.jsonl") == [{"a": "é"}, {"a": "b"}]
+
+
 def test_wrong_files_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("\n")

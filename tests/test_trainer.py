@@ -311,6 +311,15 @@ def test_what_goes_wrong_while_training_is_one_sentence_with_the_log_that_says_m
     assert f"({log} holds the traceback)" in ended.stderr and "Traceback" in log.read_text()
 
 
+def test_a_disk_that_cannot_be_written_is_named_in_one_sentence(settings, tmp_path):
+    path = tmp_path / "unwritable.json"
+    path.write_text(json.dumps(settings("unwritable", trainer__run_dir="/proc/run")))
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(path)]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "error: " in ended.stderr and "/proc" in ended.stderr
+
+
 @pytest.mark.parametrize("script", ["train", "plan", "doctor", "serve_vllm", "convert_checkpoint", "prepare_data"])
 def test_every_script_helps(script):
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
@@ -471,12 +480,13 @@ def rows():
         ),
         ("algorithm__adv_estimator", "MINE:estimator", r"is called with \(rewards, mask\)"),
         ("data__train_files", "MINE:rows", r"failed: KeyError: 'question' \(mine.py, line 6\)"),
+        ("trainer__run_dir", "MINE/run", "the run's folder .*mine.py/run would be in .*mine.py, and that is no folder"),
         ("ref__compute_dtype", "float16", "ref.compute_dtype is 'float16' and must be one of None, bfloat16, float32"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(settings, tmp_path, key, value, sentence):
     (tmp_path / "mine.py").write_text(MINE)
-    value = json.loads(json.dumps(value).replace("MINE", f"{tmp_path}/mine.py"))
+    value = json.loads(json.dumps(value).replace("MINE", f"{tmp_path}/mine.py"))  # a file
     room = {f"{role}__ppo_max_token_len_per_gpu": 1024 for role in ("actor", "critic")}
     tree = settings("bad", trainer__row_length=None, **room, **{key: value})
     with pytest.raises(ValueError, match=sentence):

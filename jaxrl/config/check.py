@@ -129,6 +129,10 @@ def check(c: Config) -> None:
         )
     if c.trainer.resume_mode == "resume_path" and c.trainer.resume_from_path is None:
         raise ValueError("trainer.resume_mode resume_path needs trainer.resume_from_path, a folder global_step_<n>")
+    if c.trainer.resume_mode != "resume_path" and c.trainer.resume_from_path is not None:
+        raise ValueError(
+            "trainer.resume_from_path is of trainer.resume_mode resume_path: set it too, or leave both out"
+        )
     if c.model.lora_rank < 0:
         raise ValueError(f"model.lora_rank {c.model.lora_rank} must be 0, which trains all weights, or above")
     if correction.bypass_mode and (correction.rollout_is or correction.rollout_rs):

@@ -91,7 +91,10 @@ def to_dict(c: Config) -> dict[str, Any]:
 
 
 def save(c: Config, path: Path) -> None:
-    OmegaConf.save(OmegaConf.create(to_dict(c)), path)
+    """Whole or not at all: a run that is killed meanwhile goes on by what stands there."""
+    partial = path.with_name(f".{path.name}")
+    OmegaConf.save(OmegaConf.create(to_dict(c)), partial)
+    partial.replace(path)
 
 
 def _check_keys_and_types(cls: type, given: Any, where: str) -> None:
