@@ -62,6 +62,7 @@ from .topology import hardware_named
 from .weights.live import open_model, with_tokenizer
 
 Tree = Any
+KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # of model.attention, and where they run
 log = logging.getLogger(__name__)
 
 
@@ -208,8 +209,17 @@ class Trainer:
         check_algorithm(c.algorithm)  # both raise where a name is not known
         for name in c.trainer.logger:
             check_logger(name)
-        for settings in (c.rollout, c.rollout.val_kwargs):
-            sampling_of(settings, max_tokens=c.data.max_response_length, stop_ids=self.stop_ids)
+        for section, settings in (("rollout", c.rollout), ("rollout.val_kwargs", c.rollout.val_kwargs)):
+            try:
+                sampling_of(settings, max_tokens=c.data.max_response_length, stop_ids=self.stop_ids)
+            except ValueError as error:  # it begins with the name of the setting
+                raise ValueError(f"{section}.{error}") from None
+        platform, kernel = jax.default_backend(), KERNELS.get(c.model.attention)
+        if kernel not in (None, platform):
+            raise ValueError(
+                f"model.attention {c.model.attention} is a kernel of a {kernel}, and the devices here are of kind {platform}: "
+                "set model.attention=xla"
+            )
         if c.trainer.trainer_mode == "one_step_off":
             self._check_ahead()
         if c.max_length > (most := model_config(c.model, self.source.hf_config).max_position):

@@ -73,10 +73,13 @@ def test_an_unknown_key_at_any_depth_is_answered_with_a_suggestion(override, sen
         ("actor.optim.lr=1=2", "actor.optim.lr is '1=2' and must be float"),
         ("rollout.n=1.5", "rollout.n is 1.5 and must be int"),
         ("data.shuffle=maybe", "data.shuffle is 'maybe' and must be bool"),
-        ("data.train_kwargs=3", "data.train_kwargs is 3 and must be dict[str, Any]"),
-        ("actor.optim.betas=[0.9]", "actor.optim.betas is [0.9] and must be tuple[float, float]"),
-        ("trainer.logger=console", "trainer.logger is 'console' and must be tuple[str, ...]"),
-        ("reward.functions=exact_number", "reward.functions is 'exact_number' and must be list[RewardFunction]"),
+        ("data.train_kwargs=3", "data.train_kwargs is 3 and must be keys and values, as {a: 1}"),
+        ("actor.optim.betas=[0.9]", "actor.optim.betas is [0.9] and must be two numbers, as [0.9, 0.999]"),
+        ("trainer.logger=console", "trainer.logger is 'console' and must be a list of texts, as [a, b]"),
+        (
+            "reward.functions=exact_number",
+            "reward.functions is 'exact_number' and must be a list, as [{name: exact_number}]",
+        ),
         ("reward.functions=[exact_number]", "reward.functions[0] must be a section with keys, and is 'exact_number'"),
         ("reward.functions=[{name: a, weight: b}]", "reward.functions[0].weight is 'b' and must be float"),
         ("actor.optim=adam", "actor.optim must be a section with keys, and is 'adam'"),
@@ -201,6 +204,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         (["trainer.row_length=1000"], r"row_length 1000 is shorter than .* = 1024"),
         (["reward.functions=[]"], "there is no reward: set reward.functions"),
         (["model.attention=splash", "rollout.n=2"], "splash cannot share a prompt .* set trainer.share_prompt=false"),
+        (
+            ["model.attention=splash", "trainer.row_length=1100"],
+            "blocks of 128 tokens, and trainer.row_length 1100 is no",
+        ),
         (["algorithm.rollout_correction.rollout_rs=token_k1"], "rollout_rs and rollout_rs_threshold belong together"),
         (
             ["algorithm.rollout_correction.rollout_rs_threshold=2"],
@@ -266,7 +273,8 @@ def test_what_does_fit_together_passes(overrides, file):
         "rollout.max_num_seqs", "rollout.val_kwargs.n", "rollout.temperature", "actor.ppo_epochs",
         "actor.ppo_mini_batch_size", "actor.ppo_max_token_len_per_gpu", "critic.ppo_epochs",
         "critic.ppo_max_token_len_per_gpu", "algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl",
-        "reward.timeout_s", "trainer.total_epochs", "trainer.total_training_steps", "trainer.row_length",
+        "reward.timeout_s", "trainer.max_ckpt_to_keep", "trainer.total_epochs", "trainer.total_training_steps",
+        "trainer.row_length",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("value", ["0", "-1"])
@@ -286,10 +294,14 @@ def test_the_choices_are_those_of_the_code():
     from jaxrl.data import Truncation
     from jaxrl.models.attention import ATTENTION
     from jaxrl.models.decoder import REMAT_POLICIES
+    from jaxrl.optimizer import MOMENTS_DTYPES, SCHEDULES
 
     assert set(CHOICES["model.remat"]) == {"none", *REMAT_POLICIES}
     assert set(CHOICES["model.attention"]) == set(ATTENTION)
     assert set(CHOICES["algorithm.rollout_correction.rollout_is"]) == {None, *IMPORTANCE_LEVELS}
+    for role in ("actor", "critic"):
+        assert set(CHOICES[f"{role}.optim.lr_scheduler_type"]) == set(SCHEDULES)
+        assert set(CHOICES[f"{role}.optim.moments_dtype"]) == set(MOMENTS_DTYPES)
     assert set(CHOICES["data.truncation"]) == set(typing.get_args(Truncation))
 
 

@@ -463,7 +463,17 @@ def rows():
         ("actor__loss_agg_mode", "token_mean", "Unknown actor.loss_agg_mode 'token_mean'. Did you mean 'token-mean'"),
         ("algorithm__adv_estimator", "gea", "Unknown algorithm.adv_estimator 'gea'. Did you mean 'gae'"),
         ("trainer__logger", ["wanbd"], "Unknown trainer.logger 'wanbd'. Did you mean 'wandb'"),
-        ("rollout__top_p", 1.5, "top_p"),
+        ("rollout__top_p", 1.5, r"rollout\.top_p 1.5: set it above 0 and at most 1"),
+        (
+            "rollout__val_kwargs",
+            {"top_k": 0, "temperature": 1.0},
+            r"rollout\.val_kwargs\.top_k 0: set 1 or more, or -1",
+        ),
+        (
+            "model__attention",
+            "cudnn",
+            "model.attention cudnn is a kernel of a gpu, and the devices here are of kind cpu",
+        ),
         ("data__max_response_length", 500, "= 508 is more than the 64 tokens of the context"),
         ("data__train_files", "nowhere.parquet", "there is no file nowhere.parquet"),
         ("data__prompt_key", "question", "question"),

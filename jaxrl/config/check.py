@@ -22,6 +22,10 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "critic.compute_dtype": (None, "bfloat16", "float32"),
     "ref.compute_dtype": (None, "bfloat16", "float32"),
     "reward.model.compute_dtype": (None, "bfloat16", "float32"),
+    "actor.optim.lr_scheduler_type": ("constant", "linear", "cosine"),
+    "critic.optim.lr_scheduler_type": ("constant", "linear", "cosine"),
+    "actor.optim.moments_dtype": ("float32", "bfloat16"),
+    "critic.optim.moments_dtype": ("float32", "bfloat16"),
     "actor.optim.grad_compression": ("none", "fp32", "bf16", "fp16", "topk"),
     "critic.optim.grad_compression": ("none", "fp32", "bf16", "fp16", "topk"),
     "data.truncation": ("error", "left", "right", "middle"),
@@ -64,8 +68,8 @@ RANGES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "critic": {POSITIVE: ("ppo_epochs", "ppo_max_token_len_per_gpu", "num_layers", "cliprange_value")},
     "trainer": {
-        POSITIVE: ("total_epochs", "total_training_steps", "row_length", "start_timeout_s", "heartbeat_timeout_s",
-                   "stall_timeout_s"),
+        POSITIVE: ("total_epochs", "total_training_steps", "max_ckpt_to_keep", "row_length", "start_timeout_s",
+                   "heartbeat_timeout_s", "stall_timeout_s"),
         NOT_NEGATIVE: ("critic_warmup",),
     },
 }  # fmt: skip
@@ -121,6 +125,11 @@ def check(c: Config) -> None:
     if c.model.attention == "splash" and c.trainer.share_prompt and c.rollout.n > 1:
         raise ValueError(
             "model.attention splash cannot share a prompt between responses: set trainer.share_prompt=false"
+        )
+    if c.model.attention == "splash" and c.row_length % 128:
+        raise ValueError(
+            f"model.attention splash computes blocks of 128 tokens, and trainer.row_length {c.row_length} is no multiple "
+            "of that: set it to one, or leave it out"
         )
     correction = c.algorithm.rollout_correction
     if (correction.rollout_rs is None) != (correction.rollout_rs_threshold is None):

@@ -22,6 +22,13 @@ from .check import check, check_sources
 from .settings import Config, RewardFunction
 from .verl_names import VERL_NAMES
 
+# What types that are no word of YAML look like there.
+_IN_YAML = {
+    "tuple[str, ...]": "a list of texts, as [a, b]", "tuple[float, float]": "two numbers, as [0.9, 0.999]",
+    "list[RewardFunction]": "a list, as [{name: exact_number}]", "dict[str, Any]": "keys and values, as {a: 1}",
+    "dict[str, str]": "keys and texts, as {A: b}",
+}  # fmt: skip
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file with `a.b=c` overrides on top. Raises ValueError in words."""
@@ -118,4 +125,5 @@ def _check_keys_and_types(cls: type, given: Any, where: str) -> None:
             try:
                 OmegaConf.merge(OmegaConf.structured(cls), {key: value})
             except (OmegaConfBaseException, TypeError):
-                raise ValueError(f"{where}{key} is {value!r} and must be {cls.__annotations__[key]}") from None
+                wanted = cls.__annotations__[key]
+                raise ValueError(f"{where}{key} is {value!r} and must be {_IN_YAML.get(wanted, wanted)}") from None
