@@ -264,8 +264,7 @@ class Trainer:
         settings = dataclasses.replace(c.rollout.vllm, gpu_memory_utilization=share)
         return VllmEngine(
             model, self.mesh, settings, source=self.source, folder=self.folder / "vllm",
-            max_model_len=c.data.max_prompt_length + c.data.max_response_length, max_num_seqs=c.rollout.max_num_seqs,
-            link=self.link, sleeps=takes_turns(c),
+            max_model_len=c.max_length, max_num_seqs=c.rollout.max_num_seqs, link=self.link, sleeps=takes_turns(c),
         )  # fmt: skip
 
     def _make_turns(self) -> Turns | None:
@@ -282,7 +281,7 @@ class Trainer:
         prompts = [self.loader.dataset[i] for i in range(min(NUM_PROMPTS, len(self.loader.dataset)))]
         return Doctor(
             self.config, self.roles.policy, self.engine, self.tokenizer, prompts,
-            generation_config=self.source.generation_config, stop_ids=self.stop_ids,
+            generation_config=self.source.generation_config, sampling=self.collector.sampling(self.config.rollout),
         )  # fmt: skip
 
     def _check_agreement(self, bound: float) -> None:

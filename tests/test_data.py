@@ -275,11 +275,10 @@ def indices(batch):
     return [prompt.index for prompt in batch]
 
 
-@pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_resumed_loader_continues_exactly_from_any_position(chat_tokenizer, shuffle, drop_last):
+def test_a_resumed_loader_continues_exactly_from_any_position(chat_tokenizer, shuffle):
     dataset = PromptDataset(verl_rows(10), chat_tokenizer, max_prompt_length=64)
-    settings = {"prompts_per_step": 3, "seed": 5, "shuffle": shuffle, "drop_last": drop_last}
+    settings = {"prompts_per_step": 3, "seed": 5, "shuffle": shuffle}
     uninterrupted = PromptLoader(dataset, **settings)
     steps = [(uninterrupted.state(), next(uninterrupted), uninterrupted.epoch) for _ in range(14)]
     assert steps[-1][2] >= 3  # more than three epochs
@@ -302,14 +301,11 @@ def test_an_epoch_shows_every_prompt_once_and_the_next_in_another_order(chat_tok
     assert indices(next(other)) != epochs[0]
 
 
-def test_a_last_batch_that_is_not_full_is_dropped_or_shorter(chat_tokenizer):
+def test_prompts_that_do_not_fill_a_last_batch_are_left_out(chat_tokenizer):
     dataset = PromptDataset(verl_rows(5), chat_tokenizer, max_prompt_length=64)
-    dropping = PromptLoader(dataset, prompts_per_step=2, seed=0, shuffle=False)
-    assert dropping.steps_per_epoch == 2
-    assert [indices(next(dropping)) for _ in range(3)] == [[0, 1], [2, 3], [0, 1]]
-    keeping = PromptLoader(dataset, prompts_per_step=2, seed=0, shuffle=False, drop_last=False)
-    assert keeping.steps_per_epoch == 3
-    assert [indices(next(keeping)) for _ in range(4)] == [[0, 1], [2, 3], [4], [0, 1]]
+    loader = PromptLoader(dataset, prompts_per_step=2, seed=0, shuffle=False)
+    assert loader.steps_per_epoch == 2
+    assert [indices(next(loader)) for _ in range(3)] == [[0, 1], [2, 3], [0, 1]]
 
 
 def test_a_position_may_be_continued_with_another_number_of_prompts_a_step(chat_tokenizer):
@@ -349,4 +345,3 @@ def test_a_loader_that_cannot_fill_a_step_says_so(chat_tokenizer):
         PromptLoader(dataset, prompts_per_step=0, seed=0)
     with pytest.raises(ValueError, match="data.seed is -1"):
         PromptLoader(dataset, prompts_per_step=2, seed=-1)
-    assert len(next(PromptLoader(dataset, prompts_per_step=4, seed=0, drop_last=False))) == 3

@@ -662,7 +662,9 @@ def test_the_peak_of_an_update_is_within_a_tenth_of_what_a_gpu_held(tmp_path):
     def zeros(tree):
         return jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), tree)
 
-    state = new_train_state(mesh, roles.actor_optimizer, zeros(roles.actor_state.trained), roles.actor_state)
+    state = new_train_state(
+        mesh, roles.actor_optimizer, zeros(roles.actor_state_abstract.trained), roles.actor_state_abstract
+    )
     inputs = zeros(roles.policy.abstract_put(micro_batches_of(c, mesh, 16, c.actor.ppo_max_token_len_per_gpu)))
     jax.block_until_ready(roles.policy.step_program(state)(state, {}, *inputs, put_replicated(mesh, np.float32(0))))
     measured = mesh.devices.flat[0].memory_stats()["peak_bytes_in_use"]

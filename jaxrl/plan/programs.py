@@ -155,7 +155,7 @@ def _training(c: Config, roles: Roles) -> list[Work]:
     ) -> Work:  # fmt: skip
         M, R, T = shape = micro_batches_of(c, programs.mesh, num, max_tokens)
         ways = num_row_shards(programs.mesh)
-        targets = T // (d.max_prompt_length + d.max_response_length) * d.max_response_length
+        targets = T // c.max_length * d.max_response_length
         chunks = -(-targets * (R // ways) // chunk_slots(ways, R // ways * T, platform))
         return Work(
             name, lambda: lower(shape), programs.config, kind, rows=R, columns=T, targets=targets, loops=(M, chunks),
