@@ -420,12 +420,8 @@ class Trainer:
         if self.val is not None and (is_last or (c.trainer.test_freq > 0 and step % c.trainer.test_freq == 0)):
             with timer("testing"):
                 metrics |= self.validate(step, samples)
-        prompt_lengths = np.array([len(e.prompts[r.group].token_ids) for r in e.rollouts])
-        lengths = prompt_lengths, np.array([len(r.token_ids) for r in e.rollouts])
-        metrics |= throughput_metrics(*lengths, seconds=timer.seconds, num_devices=self.mesh.size)
-        metrics |= self._mfu_metrics(lengths, timer.seconds)
-        metrics["perf/update_weights_gb"] = self.engine.weights_gb
-        metrics |= timer.metrics() | memory_metrics() | _reward_metrics(e.scores) | e.metrics
+        metrics |= self._speed_metrics(e, timer.seconds) | timer.metrics() | memory_metrics()
+        metrics |= _reward_metrics(e.scores) | e.metrics
         if self.turns is not None:
             metrics |= turn_metrics([r.num_turns for r in e.rollouts], self.turns.take_errors())
         return metrics | {
@@ -433,17 +429,21 @@ class Trainer:
             "training/epoch": e.epoch,
             "training/staleness": staleness,
             "perf/recompiles": self.compiles.count - compiled,
+            "perf/update_weights_gb": self.engine.weights_gb,
         }
 
-    def _mfu_metrics(self, lengths: tuple[np.ndarray, np.ndarray], seconds: Mapping[str, float]) -> dict[str, float]:
-        """How much of its peak the hardware reached in the updates, where it is known: in bfloat16 on a known device."""
+    def _speed_metrics(self, e: Experience, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Tokens a second; and how much of its peak the hardware reached in the updates, in bfloat16 on a known device."""
         c, roles, hardware = self.config, self.roles, hardware_named(jax.devices()[0].device_kind)
+        prompt_lengths = np.array([len(e.prompts[r.group].token_ids) for r in e.rollouts])
+        lengths = prompt_lengths, np.array([len(r.token_ids) for r in e.rollouts])
+        throughput = throughput_metrics(*lengths, seconds=seconds, num_devices=self.mesh.size)
         if hardware is None or c.model.compute_dtype != "bfloat16":
-            return {}
+            return throughput
         flops = {"actor": c.actor.ppo_epochs * update_flops(roles.model, *lengths, frozen=roles.has_adapters)}
         if self.roles.needs_critic:
             flops["critic"] = c.critic_ppo_epochs * update_flops(roles.critic.config, *lengths, head="score")
-        return mfu_metrics(flops, seconds=seconds, num_devices=self.mesh.size, peak=hardware.flops)
+        return throughput | mfu_metrics(flops, seconds=seconds, num_devices=self.mesh.size, peak=hardware.flops)
 
     def validate(self, step: int, samples: Samples) -> dict[str, float]:
         """Rewards on the held-out problems with the weights that the engine has."""

@@ -1,14 +1,15 @@
-"""What README.md, BUILD.md, docs/ and the heads of the configs name is there: settings, options of scripts, links."""
+"""What README.md, BUILD.md, docs/ and the heads of the configs name is there: settings, commands, extras, links."""
 
 import dataclasses
 import re
+import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from jaxrl.config.settings import Config
+from jaxrl.config import Config, load
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "BUILD.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,7 +34,7 @@ def test_every_setting_that_is_named_exists(path):
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *CONFIGS], ids=lambda path: path.name)
-def test_every_command_has_its_script_and_options(path):
+def test_every_command_has_its_script_its_options_and_a_config_that_loads(path):
     text = path.read_text().replace("\\\n", " ")
     commands = re.findall(r"(?<!\w)(scripts/[\w/]+\.(?:py|sh|sbatch))([^\n`|>]*)", text)
     for script, arguments in commands:
@@ -42,6 +43,16 @@ def test_every_command_has_its_script_and_options(path):
         # What a launcher does not know goes on to train.py.
         known = source.read_text() + (ROOT / "scripts" / "train.py").read_text() * ("launch" in script)
         assert not [option for option in options if not re.search(rf"[\"' |\[]{option}[\"' |\])]", known)], script
+        if config := re.search(r"--config (configs/\S+\.yaml)", arguments):
+            words = [word.strip("'\"") for word in arguments.split()]
+            load(ROOT / config[1], [word for word in words if re.match(r"\w+(\.\w+)+=[^$]+$", word)])
+
+
+def test_every_extra_that_is_named_exists():
+    text = "".join(path.read_text() for path in [*DOCUMENTS, *CONFIGS])
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra for names in re.findall(r"\.\[([\w,-]+)\]", text) for extra in names.split(",")}
+    assert named and named <= extras.keys()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
