@@ -224,6 +224,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ),
         (["model.lora_rank=4", "model.lora_targets=[q_proj,wv]"], "model.lora_targets .*wv.* must be some of q_proj"),
         (["model.lora_rank=4", "model.lora_targets=[]"], "model.lora_targets .* must be some of q_proj"),
+        (["trainer.logger=[jsonl,console,jsonl]"], "trainer.logger .* names one twice"),
         (["trainer.resume_mode=resume_path"], "resume_path needs trainer.resume_from_path"),
         (
             ["trainer.resume_from_path=a/global_step_1"],
@@ -336,8 +337,9 @@ def test_what_follows_from_the_settings(file):
     assert (
         load(file, ["actor.use_kl_loss=true"]).needs_ref and load(file, ["algorithm.use_kl_in_reward=true"]).needs_ref
     )
-    assert load(file).row_length == 1024 and load(file, ["trainer.row_length=2000"]).row_length == 2000
     assert str(load(file).run_dir) == "runs/test" and str(load(file, ["trainer.run_dir=a/b"]).run_dir) == "a/b"
+    # A shell leaves the ~ behind `trainer.run_dir=` to us.
+    assert load(file, ["trainer.run_dir=~/a"]).run_dir == Path.home() / "a"
 
 
 def test_a_saved_config_is_loaded_as_it_was(file, tmp_path):

@@ -142,6 +142,8 @@ def check(c: Config) -> None:
         raise ValueError(
             "trainer.resume_from_path is of trainer.resume_mode resume_path: set it too, or leave both out"
         )
+    if len(set(c.trainer.logger)) < len(c.trainer.logger):
+        raise ValueError(f"trainer.logger {list(c.trainer.logger)} names one twice: name each once")
     if c.model.lora_rank < 0:
         raise ValueError(f"model.lora_rank {c.model.lora_rank} must be 0, which trains all weights, or above")
     if correction.bypass_mode and (correction.rollout_is or correction.rollout_rs):

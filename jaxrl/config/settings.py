@@ -336,4 +336,4 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.trainer.run_dir or f"runs/{self.trainer.experiment_name}")
+        return Path(self.trainer.run_dir or f"runs/{self.trainer.experiment_name}").expanduser()
