@@ -26,8 +26,8 @@ from jaxrl.plan import check
 from jaxrl.plan.costs import bytes_of, cost
 from jaxrl.plan.hlo import facts
 from jaxrl.plan.memory import memory_of
-from jaxrl.plan.programs import Work, batches_of, engine_of, programs_of, roles_of, updates_of
-from jaxrl.plan.report import Plan, make_plan, table, verdict
+from jaxrl.plan.programs import BATCHES, Work, batches_of, engine_of, programs_of, roles_of, updates_of
+from jaxrl.plan.report import Plan, advice, make_plan, table, verdict
 from jaxrl.plan.sources import described_model
 from jaxrl.plan.sweep import meshes, sweep, sweep_table
 from jaxrl.reward_model import reward_model_of
@@ -215,10 +215,13 @@ def test_later_turns_are_planned_with_prompts_that_hold_the_turns_before_them():
 
 def test_a_validation_that_samples_and_answers_greedily_is_planned_with_the_prompts_of_either():
     sampled = {"temperature": 1.0, "n": 4, "greedy": True}
-    c = config(data={"val_files": "val.parquet"}, rollout={"max_num_seqs": 64, "val_kwargs": sampled})
+    rollout = {"max_num_seqs": 64, "val_kwargs": sampled, "multi_turn": {"function": "f.py:reply"}}
+    c = config("1x1x1", data={"val_files": "val.parquet"}, rollout=rollout)
     batches, engine = batches_of(c), engine_of(c, roles_of(c, make_mesh(1, 1, 1)))
-    assert batches["val_greedy"].sampling.temperature == 0
+    assert tuple(batches) == BATCHES and batches["val_greedy"].sampling.temperature == 0
     assert [batches[name].largest(engine).prompts for name in ("val", "val_greedy")] == [16, 64]
+    found = make_plan(c, described("cpu:1"), only=["val_greedy/begin"])
+    assert advice(dataclasses.replace(found, resident={}), found.programs[0]).startswith("Lower rollout.max_num_seqs")
 
 
 def test_an_offloaded_base_comes_whole_when_the_engine_takes_it_and_layer_by_layer_in_an_update():

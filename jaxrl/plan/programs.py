@@ -222,6 +222,9 @@ def _export(c: Config, roles: Roles) -> Work:
     )  # fmt: skip
 
 
+BATCHES = ("gen", "val", "val_greedy", "turns")  # what the engine may be asked: see `batches_of`
+
+
 class Batch(NamedTuple):
     """Prompts that the engine is asked to answer in one call."""
 
