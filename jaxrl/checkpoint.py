@@ -96,13 +96,13 @@ class Checkpoints:
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self._folder}: there are {self.steps() or 'none'}")
         path = self._path(step)
-        with _said_to_be_damaged(path):
+        with _perhaps_damaged(path):
             metadata = ocp.metadata(path)
             if metadata.metadata is None:  # orbax has logged why
                 raise ValueError("its list of arrays is lost")
         _check_same_arrays(path, metadata.metadata, abstract)
         meta: Tree = metadata.custom_metadata
-        with _said_to_be_damaged(path):
+        with _perhaps_damaged(path):
             return ocp.load(path, abstract), meta
 
     def _path(self, step: int) -> epath.Path:
@@ -138,14 +138,14 @@ def _is_complete(path: epath.Path) -> bool:
 
 
 @contextmanager
-def _said_to_be_damaged(path: epath.Path) -> Iterator[None]:
+def _perhaps_damaged(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of many kinds, by what orbax misses first; some describe the array for pages
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise ValueError(
-            f"checkpoint {path} cannot be read ({reason}): it is damaged; remove that folder, and the run goes on from the "
-            "one before it"
+            f"checkpoint {path} cannot be read ({reason}): where it is damaged, remove that folder, and the run goes on from "
+            "the one before it"
         ) from error
 
 

@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_named(tmp_path):
 def test_a_damaged_checkpoint_is_named_with_the_fix_in_one_line(tmp_path, cut):
     state, sentence = (
         {"w": jax.random.normal(jax.random.key(0), (256, 256))},
-        "cannot be read .*: it is damaged; remove",
+        "cannot be read .*: where it is damaged, remove",
     )
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state, {})
