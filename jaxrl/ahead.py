@@ -96,7 +96,7 @@ class Ahead:
         baselines = None if meta["baselines"] is None else np.array(meta["baselines"], np.float32)
         prompts = [prompt_of(index) for index in meta["prompts"]]
         texts = [text_of(rollout) for rollout in rollouts]
-        self.ready = Experience(prompts, rollouts, scores, texts, baselines, meta["epoch"], meta["metrics"])
+        self.ready = Experience(prompts, rollouts, scores, texts, meta["epoch"], baselines, meta["metrics"])
 
 
 def empty_arrays(num_sequences: int, max_tokens: int) -> Arrays:

@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -88,15 +90,20 @@ class Checkpoints:
         """The state and meta of a step, bit for bit, with the shardings of `abstract` (of any mesh).
 
         `abstract` has the structure that was saved, each leaf a `jax.ShapeDtypeStruct` with a sharding. Raises
-        ValueError, naming the array, if its shapes or types are not those of the checkpoint.
+        ValueError, naming the array, if its shapes or types are not those of the checkpoint, and where that is damaged.
         """
         self.wait()
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self._folder}: there are {self.steps() or 'none'}")
-        metadata = ocp.metadata(self._path(step))
-        _check_same_arrays(self._path(step), metadata.metadata, abstract)
+        path = self._path(step)
+        with _perhaps_damaged(path):
+            metadata = ocp.metadata(path)
+            if metadata.metadata is None:  # orbax has logged why
+                raise ValueError("its list of arrays is lost")
+        _check_same_arrays(path, metadata.metadata, abstract)
         meta: Tree = metadata.custom_metadata
-        return ocp.load(self._path(step), abstract), meta
+        with _perhaps_damaged(path):
+            return ocp.load(path, abstract), meta
 
     def _path(self, step: int) -> epath.Path:
         return self._folder / f"global_step_{step}"
@@ -128,6 +135,18 @@ def _step_of(path: epath.Path) -> int:
 
 def _is_complete(path: epath.Path) -> bool:
     return re.fullmatch(r"global_step_\d+", path.name) is not None and (path / COMPLETE_FILE).exists()
+
+
+@contextmanager
+def _perhaps_damaged(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of many kinds, by what orbax misses first; some describe the array for pages
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({reason}): where it is damaged, remove that folder, and the run goes on from "
+            "the one before it"
+        ) from error
 
 
 def _remove(path: epath.Path) -> None:

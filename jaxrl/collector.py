@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -36,8 +35,8 @@ class Experience:
     rollouts: list[Rollout]  # B = P x G, in the order of the prompts
     scores: list[Score]  # [B]
     texts: list[str]  # [B] responses without special tokens
-    baselines: np.ndarray | None  # float32 [P], scores of greedy responses, where the estimator asks for them
     epoch: int
+    baselines: np.ndarray | None = None  # float32 [P], scores of greedy responses, where the estimator asks for them
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
 
@@ -71,27 +70,25 @@ class Collector:
     def collect(self, step: int, progress: Progress) -> Experience:
         """The experience of a step: the same for the same weights and position in the data, whenever it is asked for."""
         c, timer, seed = self.config, Timer(self.begins), self.config.trainer.seed * 1_000_003 + step
-        sampling = self._sampling(c.rollout)
+        sampling = self.sampling(c.rollout)
         with timer("collect"):
-            chosen = self._answered(next(self.loader), sampling, seed, progress, timer)
-            metrics: dict[str, float] = {}
+            e = self._answered(next(self.loader), sampling, seed, progress, timer)
             if c.algorithm.filter_groups.enable:
-                chosen, metrics = self._fill_up(chosen, sampling, seed, progress, timer)
-            prompts, rollouts, texts, scores = chosen
-            baselines = None
+                e = self._fill_up(e, sampling, seed, progress, timer)
             if self.needs_baselines:
                 with timer("gen"):
-                    greedy = self.generate(prompts, self._sampling(c.rollout, greedy=True), seed=0)
+                    greedy = self.generate(e.prompts, self.sampling(c.rollout, greedy=True), seed=0)
                 with timer("reward"):
-                    rewards = [score.reward for score in self.score(prompts, greedy)[1]]
-                baselines = np.array(rewards, np.float32)
-        return Experience(prompts, rollouts, scores, texts, baselines, self.loader.epoch, metrics, timer.seconds)
+                    rewards = [score.reward for score in self.score(e.prompts, greedy)[1]]
+                e = replace(e, baselines=np.array(rewards, np.float32))
+        return replace(e, seconds=timer.seconds)
 
-    def held_out(self, prompts: list[Prompt]) -> Experience:
-        """The answers to a validation set, as `rollout.val_kwargs` says."""
-        rollouts = self.generate(prompts, self._sampling(self.config.rollout.val_kwargs), seed=self.config.trainer.seed)
+    def held_out(self, prompts: list[Prompt], *, greedy: bool) -> Experience:
+        """The answers to a validation set: greedy ones, or as `rollout.val_kwargs` says."""
+        sampling = self.sampling(self.config.rollout.val_kwargs, greedy=greedy)
+        rollouts = self.generate(prompts, sampling, seed=self.config.trainer.seed)
         texts, scores = self.score(prompts, rollouts)
-        return Experience(prompts, rollouts, scores, texts, None, self.loader.epoch)
+        return Experience(prompts, rollouts, scores, texts, self.loader.epoch)
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> tuple[list[str], list[Score]]:
         """The text of each rollout, without special tokens, and what it earned."""
@@ -106,36 +103,39 @@ class Collector:
     def text_of(self, rollout: Rollout) -> str:
         return str(self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
 
-    def _sampling(self, settings: RolloutSection | ValKwargs, *, greedy: bool = False) -> Sampling:
+    def sampling(self, settings: RolloutSection | ValKwargs, *, greedy: bool = False) -> Sampling:
+        """How to answer, as a section says or greedily, and with what the run says of texts and of the stop."""
         r, most = self.config.rollout, self.config.data.max_response_length
         sampling = sampling_of(settings, max_tokens=most, stop_ids=self.stop_ids, greedy=greedy)
         return replace(sampling, stop=r.stop, bad_words=r.bad_words, guided=r.guided)
 
-    def _answered(self, prompts: list[Prompt], sampling: Sampling, seed: int, progress: Progress, timer: Timer):
+    def _answered(
+        self, prompts: list[Prompt], sampling: Sampling, seed: int, progress: Progress, timer: Timer
+    ) -> Experience:
         with timer("gen"), progress.generation(len(prompts) * sampling.n) as report:
             rollouts = self.generate(prompts, sampling, seed=seed, report=report)
         with timer("reward"):
             texts, scores = self.score(prompts, rollouts)
-        return prompts, rollouts, texts, scores
+        return Experience(prompts, rollouts, scores, texts, self.loader.epoch)
 
-    def _fill_up(self, answered: Any, sampling: Sampling, seed: int, progress: Progress, timer: Timer):
+    def _fill_up(self, e: Experience, sampling: Sampling, seed: int, progress: Progress, timer: Timer) -> Experience:
         """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2): groups whose responses all earned the same teach
         nothing. They are left out, and more prompts are answered until there are enough for a step."""
         f, wanted = self.config.algorithm.filter_groups, self.config.data.train_batch_size
         prompts, rollouts, texts, scores = [], [], [], []
         num_batches = num_seen = fruitless = 0
         while True:
-            num_batches, num_seen = num_batches + 1, num_seen + len(answered[0])
-            usable = _groups_that_differ(answered[1], answered[3], f.metric)
+            num_batches, num_seen = num_batches + 1, num_seen + len(e.prompts)
+            usable = _groups_that_differ(e.rollouts, e.scores, f.metric)
             for group in usable:
                 if len(prompts) < wanted:
-                    prompts.append(answered[0][answered[1][group[0]].group])
-                    rollouts += [replace(answered[1][b], group=len(prompts) - 1) for b in group]
-                    texts += [answered[2][b] for b in group]
-                    scores += [answered[3][b] for b in group]
+                    prompts.append(e.prompts[e.rollouts[group[0]].group])
+                    rollouts += [replace(e.rollouts[b], group=len(prompts) - 1) for b in group]
+                    texts += [e.texts[b] for b in group]
+                    scores += [e.scores[b] for b in group]
             if len(prompts) == wanted:
                 break
-            fruitless = 0 if usable else fruitless + len(answered[0])
+            fruitless = 0 if usable else fruitless + len(e.prompts)
             if f.max_num_gen_batches == 0 and fruitless >= MAX_FRUITLESS:
                 raise ValueError(
                     f"algorithm.filter_groups: of {fruitless} prompts in a row all responses to each had the same {f.metric}, "
@@ -149,9 +149,9 @@ class Collector:
                     "algorithm.filter_groups.max_num_gen_batches (0: no limit)"
                 )
             again = seed + num_batches * SEED_STRIDE * 1009  # other numbers than those of a later turn
-            answered = self._answered(next(self.loader), sampling, again, progress, timer)
+            e = self._answered(next(self.loader), sampling, again, progress, timer)
         metrics = {"train/num_gen_batches": float(num_batches), "train/num_prompts_sampled": float(num_seen)}
-        return (prompts, rollouts, texts, scores), metrics
+        return replace(e, prompts=prompts, rollouts=rollouts, texts=texts, scores=scores, metrics=metrics)
 
 
 def _groups_that_differ(rollouts: Sequence[Rollout], scores: Sequence[Score], metric: str) -> list[list[int]]:

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -258,8 +259,8 @@ class PromptLoader(Iterator[list[Prompt]]):
     """Batches of prompts without end, epoch after epoch, each epoch in an order of its own when shuffled.
 
     The order of an epoch depends on the seed and the number of the epoch alone, so `state` is a few numbers and `restore`
-    is exact. With `drop_last` the prompts that do not fill a batch are left out of an epoch; without, its last batch is
-    shorter. `epoch` is the one that the last batch was taken from.
+    is exact. The prompts that do not fill a batch are left out of an epoch. `epoch` is the one that the last batch was
+    taken from.
     """
 
     def __init__(
@@ -269,34 +270,30 @@ class PromptLoader(Iterator[list[Prompt]]):
         prompts_per_step: int,
         seed: int,
         shuffle: bool = True,
-        drop_last: bool = True,
     ) -> None:
         if prompts_per_step < 1:
             raise ValueError(f"{prompts_per_step} prompts a step: it must be 1 or more")
         if seed < 0:
             raise ValueError(f"data.seed is {seed}: it must be 0 or more")
-        if drop_last and len(dataset) < prompts_per_step:
+        if len(dataset) < prompts_per_step:
             raise ValueError(
-                f"{dataset.name} has {len(dataset)} prompts, fewer than the {prompts_per_step} of a step: lower the "
-                f"prompts a step or use more data"
+                f"{dataset.name} has {len(dataset)} prompts, fewer than the {prompts_per_step} of a step: lower "
+                "data.train_batch_size or use more data"
             )
         self.dataset = dataset
         self.prompts_per_step = prompts_per_step
         self.seed = seed
         self.shuffle = shuffle
-        self.drop_last = drop_last
         self.epoch = 0
         self.position = 0  # prompts of this epoch handed out
         self._order = self._order_of(0)
 
     @property
     def steps_per_epoch(self) -> int:
-        full, rest = divmod(len(self.dataset), self.prompts_per_step)
-        return full if self.drop_last else full + (rest > 0)
+        return len(self.dataset) // self.prompts_per_step
 
     def __next__(self) -> list[Prompt]:
-        num_left = len(self.dataset) - self.position
-        if num_left < (self.prompts_per_step if self.drop_last else 1):
+        if len(self.dataset) - self.position < self.prompts_per_step:
             self.epoch, self.position = self.epoch + 1, 0
             self._order = self._order_of(self.epoch)
         chosen = self._order[self.position : self.position + self.prompts_per_step]
@@ -333,6 +330,19 @@ class PromptLoader(Iterator[list[Prompt]]):
         if not self.shuffle:
             return np.arange(len(self.dataset))
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder; raises ValueError where none can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of many kinds, by what is missing; of a broken file it is an `Exception` itself
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{folder} holds no tokenizer that can be read ({reason}): fetch its tokenizer and config.json again"
+        ) from error
 
 
 def truncate(token_ids: list[int], max_length: int, side: Truncation) -> list[int]:

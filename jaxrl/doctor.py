@@ -87,23 +87,11 @@ class Doctor:
 
     def __init__(
         self, c: Config, policy: Policy, engine: Engine, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt],
-        *, generation_config: Mapping[str, Any], stop_ids: tuple[int, ...],
+        *, generation_config: Mapping[str, Any], sampling: Sampling,
     ):  # fmt: skip
         self.c, self.policy, self.engine, self.tokenizer, self.prompts = c, policy, engine, tokenizer, list(prompts)
-        self.generation_config = generation_config
-        r = c.rollout
-        self.rule: Rule = (r.temperature, r.top_k, r.top_p)
-        self.sampling = Sampling(
-            c.data.max_response_length,
-            n=r.n,
-            temperature=r.temperature,
-            top_k=r.top_k,
-            top_p=r.top_p,
-            stop_ids=stop_ids,
-            stop=r.stop,
-            bad_words=r.bad_words,
-            guided=r.guided,
-        )
+        self.generation_config, self.sampling = generation_config, sampling
+        self.rule: Rule = (sampling.temperature, sampling.top_k, sampling.top_p)
 
     def examine(self, variables: Tree, *, before: Tree | None = None) -> Diagnosis:
         """Of the weights `variables`, which the engine is to have. `before`: those that it had until then, which is tried

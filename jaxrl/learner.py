@@ -164,10 +164,10 @@ def rows_of(c: Config, mesh: Mesh, max_tokens: int) -> int:
 
 def micro_batches_of(c: Config, mesh: Mesh, num_sequences: int, max_tokens: int) -> tuple[int, int, int]:
     """[M, R, T]: the shape in which any `num_sequences` sequences are trained on."""
-    longest = c.data.max_prompt_length + c.data.max_response_length
-    most_rows = num_row_shards(mesh) * max_micro_batches(num_sequences, longest, c.row_length, num_row_shards(mesh))
+    ways = num_row_shards(mesh)
+    most_rows = ways * max_micro_batches(num_sequences, c.max_length, c.row_length, ways)
     rows = min(rows_of(c, mesh, max_tokens), most_rows)
-    return max_micro_batches(num_sequences, longest, c.row_length, rows), rows, c.row_length
+    return max_micro_batches(num_sequences, c.max_length, c.row_length, rows), rows, c.row_length
 
 
 def _padded(rows: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:

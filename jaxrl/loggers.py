@@ -108,7 +108,7 @@ class JsonLines:
         if path.exists():
             kept = path.with_name(f".{path.name}")
             with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
-                new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] < first_step)
+                new.writelines(line for line in old if line.endswith("\n") and _step_of(line, path) < first_step)
             kept.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -118,6 +118,15 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _step_of(line: str, path: Path) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(
+            f"{path} holds a line that no run has written ({line[:40]!r}): remove it, or move the file away"
+        ) from None
 
 
 def check_logger(name: str) -> None:

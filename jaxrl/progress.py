@@ -123,8 +123,8 @@ def plot_rewards(folder: Path, *, window: int = 10) -> Path:
         if "critic/score/mean" in row:
             training[row["step"]] = row["critic/score/mean"]
         for name, value in row.items():
-            if match := re.fullmatch(r"val-core/(.+)/(?:acc|reward)/mean@\d+", name):
-                validation[match[1]][row["step"]] = value
+            if match := re.fullmatch(r"val-core/(.+)/(?:acc|reward)/(mean@\d+)", name):
+                validation[f"{match[1]} {match[2]}"][row["step"]] = value
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()

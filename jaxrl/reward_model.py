@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .config import Config, Head, Model
+from .data import tokenizer_of
 from .offload import waiting
 from .packing import Sequences, max_micro_batches, pack
 from .parallel import num_row_shards
@@ -74,7 +75,8 @@ class RewardModel:
             self.abstract = {"params": waiting(self.abstract["params"])}
 
     def load(self) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(self.source.tokenizer)
+        assert self.source.tokenizer is not None, "a model of a path has a folder"
+        self.tokenizer = tokenizer_of(self.source.tokenizer)
         params = load_base(self.source, self.config, self.abstract, head_path=self.head_path)
         self.variables = {"params": params}
 

@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 class Roles:
     """Actor, critic and reference of a run: weights, optimizers, schedules, and the programs over them.
 
-    Made of shapes alone: a plan needs no more. `load` brings the weights (or `restore`, of what is trained). `critic*`
-    and `ref*` exist where the run needs them; `find` opens the model of a path.
+    Made of shapes alone (`*_abstract`): a plan needs no more. `load` brings the weights (or `restore`, of what is
+    trained). `critic*` and `ref*` exist where the run needs them; `find` opens the model of a path.
     """
 
     actor: TrainState
@@ -89,7 +89,7 @@ class Roles:
         if "params" in c.actor.offload:
             abstract = {**abstract, "params": waiting(abstract["params"])}
         self.actor_abstract = abstract
-        self.actor_state = abstract_train_state(self.actor_optimizer, abstract, c.actor.offload, c.actor.optim)
+        self.actor_state_abstract = abstract_train_state(self.actor_optimizer, abstract, c.actor.offload, c.actor.optim)
 
     def _describe_ref(self, c: Config, find: Callable[[str], Pretrained]) -> None:
         self.ref_policy = self.policy
@@ -137,11 +137,11 @@ class Roles:
             self.critic_mesh, config, self.critic_optimizer, c.critic.cliprange_value, compression_of(c.critic.optim)
         )
         self.critic_lr = schedule_of(c.critic.optim, steps)
-        self.critic_weights = abstract_variables(self.critic_mesh, config, "score", c.critic.param_dtype)
+        self.critic_abstract = abstract_variables(self.critic_mesh, config, "score", c.critic.param_dtype)
         if "params" in c.critic.offload:
-            self.critic_weights = {"params": waiting(self.critic_weights["params"])}
-        self.critic_abstract = abstract_train_state(
-            self.critic_optimizer, self.critic_weights, c.critic.offload, c.critic.optim
+            self.critic_abstract = {"params": waiting(self.critic_abstract["params"])}
+        self.critic_state_abstract = abstract_train_state(
+            self.critic_optimizer, self.critic_abstract, c.critic.offload, c.critic.optim
         )
 
     def load(self, *, resumed: bool) -> None:
@@ -159,14 +159,16 @@ class Roles:
             trained = {"lora": fresh_adapters(self.mesh, self.model, self.actor_abstract, self.seed)}
         else:
             trained = {"params": load_base(self.source, self.model, self.actor_abstract)}
-        self.actor = new_train_state(self.mesh, self.actor_optimizer, trained, self.actor_state)
+        self.actor = new_train_state(self.mesh, self.actor_optimizer, trained, self.actor_state_abstract)
         if self.needs_critic:
             params = load_base(
-                self.critic_source, self.critic.config, self.critic_weights,
+                self.critic_source, self.critic.config, self.critic_abstract,
                 new_head=True, head_path=self.critic_head_path,
             )  # fmt: skip
             trained = {"params": params}
-            self.critic_state = new_train_state(self.critic_mesh, self.critic_optimizer, trained, self.critic_abstract)
+            self.critic_state = new_train_state(
+                self.critic_mesh, self.critic_optimizer, trained, self.critic_state_abstract
+            )
 
     @property
     def abstract_frozen(self) -> Tree:
@@ -203,7 +205,9 @@ class Roles:
 
     def abstract_state(self) -> Tree:
         """Shapes and shardings of `state`: what a checkpoint is restored onto."""
-        return {"actor": self.actor_state} | ({"critic": self.critic_abstract} if self.needs_critic else {})
+        return {"actor": self.actor_state_abstract} | (
+            {"critic": self.critic_state_abstract} if self.needs_critic else {}
+        )
 
     def restore(self, state: Tree) -> None:
         self.actor = state["actor"]

@@ -9,15 +9,15 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from jaxrl.tasks import TASKS
-from jaxrl.user_code import import_function, is_user_function
+from jaxrl.user_code import import_function, is_user_function, what_failed
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
+_JSON_FORMS = "a file holds one row a line, or one list of rows"
 KNOWN_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 
 
@@ -109,10 +109,7 @@ def _call(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> An
 
 
 def _failed(name: str, error: Exception) -> ValueError:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return ValueError(
-        f"{name} failed: {type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
-    )
+    return ValueError(f"{name} failed: {what_failed(error)}")
 
 
 def _is_hub_id(source: str) -> bool:
@@ -244,19 +241,19 @@ def _read_json(file: Path) -> list[Any]:
     Read without pyarrow, which turns strings that look like dates into dates and so would change answers.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # as UTF-8, and without the mark that Windows puts before it
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8 ({error}): save it as UTF-8") from None
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not valid json: {error}") from None
+            raise ValueError(f"{file} is not valid json ({error}): {_JSON_FORMS}") from None
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} of {file} is not valid json: {error}") from None
+                raise ValueError(f"line {number} of {file} is not valid json ({error}): {_JSON_FORMS}") from None
     return rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
@@ -16,7 +17,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from . import config as config_module
 from . import preemption
@@ -26,7 +27,7 @@ from .algorithms.choose import choose
 from .checkpoint import Checkpoints
 from .collector import Collector, Experience, sampling_of
 from .config import Config
-from .data import PromptDataset, PromptLoader, Truncation
+from .data import PromptDataset, PromptLoader, Truncation, tokenizer_of
 from .distributed import check_same
 from .doctor import NUM_PROMPTS, Doctor
 from .gpu_memory import prepare_environment, takes_turns
@@ -61,6 +62,7 @@ from .topology import hardware_named
 from .weights.live import open_model, with_tokenizer
 
 Tree = Any
+KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # of model.attention, and where they run
 log = logging.getLogger(__name__)
 
 
@@ -153,6 +155,7 @@ class Trainer:
     def _where_to_start(self) -> tuple[str, int] | None:
         """The checkpoint to go on from: its folder's folder, and its step. Refuses a folder that holds another run."""
         t = self.config.trainer
+        _check_can_be_written(self.folder)
         saved = self.folder / "config.yaml"
         other_name = "set trainer.experiment_name or trainer.run_dir to another name"
         if saved.exists() and (changed := config_module.differences(self.config, saved)):
@@ -185,7 +188,7 @@ class Trainer:
             return given
         if self.source.tokenizer is None:
             raise ValueError(f"{self.source.name} brings no tokenizer: hand it over too, Trainer(..., tokenizer=...)")
-        return AutoTokenizer.from_pretrained(self.source.tokenizer)
+        return tokenizer_of(self.source.tokenizer)
 
     def _dataset(self, split: str, given: Any) -> PromptDataset:
         d = self.config.data
@@ -210,8 +213,17 @@ class Trainer:
         check_algorithm(c.algorithm)  # both raise where a name is not known
         for name in c.trainer.logger:
             check_logger(name)
-        for settings in (c.rollout, c.rollout.val_kwargs):
-            sampling_of(settings, max_tokens=c.data.max_response_length, stop_ids=self.stop_ids)
+        for section, settings in (("rollout", c.rollout), ("rollout.val_kwargs", c.rollout.val_kwargs)):
+            try:
+                sampling_of(settings, max_tokens=c.data.max_response_length, stop_ids=self.stop_ids)
+            except ValueError as error:  # it begins with the name of the setting
+                raise ValueError(f"{section}.{error}") from None
+        platform, kernel = jax.default_backend(), KERNELS.get(c.model.attention)
+        if kernel not in (None, platform):
+            raise ValueError(
+                f"model.attention {c.model.attention} is a kernel of a {kernel}, and the devices here are of kind {platform}: "
+                "set model.attention=xla"
+            )
         if c.trainer.trainer_mode == "one_step_off":
             self._check_ahead()
         if c.max_length > (most := model_config(c.model, self.source.hf_config).max_position):
@@ -256,8 +268,7 @@ class Trainer:
         settings = dataclasses.replace(c.rollout.vllm, gpu_memory_utilization=share)
         return VllmEngine(
             model, self.mesh, settings, source=self.source, folder=self.folder / "vllm",
-            max_model_len=c.data.max_prompt_length + c.data.max_response_length, max_num_seqs=c.rollout.max_num_seqs,
-            link=self.link, sleeps=takes_turns(c),
+            max_model_len=c.max_length, max_num_seqs=c.rollout.max_num_seqs, link=self.link, sleeps=takes_turns(c),
         )  # fmt: skip
 
     def _make_turns(self) -> Turns | None:
@@ -274,7 +285,7 @@ class Trainer:
         prompts = [self.loader.dataset[i] for i in range(min(NUM_PROMPTS, len(self.loader.dataset)))]
         return Doctor(
             self.config, self.roles.policy, self.engine, self.tokenizer, prompts,
-            generation_config=self.source.generation_config, stop_ids=self.stop_ids,
+            generation_config=self.source.generation_config, sampling=self.collector.sampling(self.config.rollout),
         )  # fmt: skip
 
     def _check_agreement(self, bound: float) -> None:
@@ -412,12 +423,8 @@ class Trainer:
         if self.val is not None and (is_last or (c.trainer.test_freq > 0 and step % c.trainer.test_freq == 0)):
             with timer("testing"):
                 metrics |= self.validate(step, samples)
-        prompt_lengths = np.array([len(e.prompts[r.group].token_ids) for r in e.rollouts])
-        lengths = prompt_lengths, np.array([len(r.token_ids) for r in e.rollouts])
-        metrics |= throughput_metrics(*lengths, seconds=timer.seconds, num_devices=self.mesh.size)
-        metrics |= self._mfu_metrics(lengths, timer.seconds)
-        metrics["perf/update_weights_gb"] = self.engine.weights_gb
-        metrics |= timer.metrics() | memory_metrics() | _reward_metrics(e.scores) | e.metrics
+        metrics |= self._speed_metrics(e, timer.seconds) | timer.metrics() | memory_metrics()
+        metrics |= _reward_metrics(e.scores) | e.metrics
         if self.turns is not None:
             metrics |= turn_metrics([r.num_turns for r in e.rollouts], self.turns.take_errors())
         return metrics | {
@@ -425,31 +432,33 @@ class Trainer:
             "training/epoch": e.epoch,
             "training/staleness": staleness,
             "perf/recompiles": self.compiles.count - compiled,
+            "perf/update_weights_gb": self.engine.weights_gb,
         }
 
-    def _mfu_metrics(self, lengths: tuple[np.ndarray, np.ndarray], seconds: Mapping[str, float]) -> dict[str, float]:
-        """How much of its peak the hardware reached in the updates, where it is known: in bfloat16 on a known device."""
+    def _speed_metrics(self, e: Experience, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Tokens a second; and how much of its peak the hardware reached in the updates, in bfloat16 on a known device."""
         c, roles, hardware = self.config, self.roles, hardware_named(jax.devices()[0].device_kind)
+        prompt_lengths = np.array([len(e.prompts[r.group].token_ids) for r in e.rollouts])
+        lengths = prompt_lengths, np.array([len(r.token_ids) for r in e.rollouts])
+        throughput = throughput_metrics(*lengths, seconds=seconds, num_devices=self.mesh.size)
         if hardware is None or c.model.compute_dtype != "bfloat16":
-            return {}
+            return throughput
         flops = {"actor": c.actor.ppo_epochs * update_flops(roles.model, *lengths, frozen=roles.has_adapters)}
         if self.roles.needs_critic:
             flops["critic"] = c.critic_ppo_epochs * update_flops(roles.critic.config, *lengths, head="score")
-        return mfu_metrics(flops, seconds=seconds, num_devices=self.mesh.size, peak=hardware.flops)
+        return throughput | mfu_metrics(flops, seconds=seconds, num_devices=self.mesh.size, peak=hardware.flops)
 
     def validate(self, step: int, samples: Samples) -> dict[str, float]:
         """Rewards on the held-out problems with the weights that the engine has."""
         assert self.val is not None
-        e = self.collector.held_out(list(self.val))
-        self._log(samples, step, "val", e)
-        names = sorted({name for score in e.scores for name in score.metrics})
-        columns: dict[str, list] = {name: [_measured(s, name) for s in e.scores] for name in names}
-        if any(s.pred is not None for s in e.scores):
-            columns["pred"] = [s.pred for s in e.scores]
-        return validation_metrics(
-            [e.prompts[r.group].data_source for r in e.rollouts], [r.group for r in e.rollouts],
-            [s.reward for s in e.scores], columns,
-        ) | {"val-aux/reward_errors": sum(s.error is not None for s in e.scores)}  # fmt: skip
+        prompts, errors = list(self.val), 0
+        metrics: dict[str, float] = {}
+        for name, greedy in self.config.validations.items():
+            e = self.collector.held_out(prompts, greedy=greedy)
+            self._log(samples, step, name, e)
+            metrics |= _validation_metrics(e)
+            errors += sum(score.error is not None for score in e.scores)
+        return metrics | {"val-aux/reward_errors": errors}
 
     def _staleness(self, step: int, e: Experience) -> int:
         """How many updates the weights that sampled are behind; samples of any other weights enter no batch."""
@@ -476,12 +485,33 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str
     return tuple(sorted(stops if own is None else stops | {own}))
 
 
+def _check_can_be_written(folder: Path) -> None:
+    """Raises ValueError where the run's folder, which need not be there yet, could not be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "you may not write there" if there.is_dir() else "that is no folder"
+        raise ValueError(
+            f"the run's folder {folder} would be in {there}, and {what}: set trainer.run_dir to another one"
+        )
+
+
 def _checkpoint_named(folder: Path) -> tuple[str, int]:
     """The folder's folder and the step of trainer.resume_from_path."""
     match = re.fullmatch(r"global_step_(\d+)", folder.name)
     if not match or not folder.is_dir():
         raise ValueError(f"trainer.resume_from_path {folder} is not a checkpoint folder global_step_<n>")
     return str(folder.parent), int(match[1])
+
+
+def _validation_metrics(e: Experience) -> dict[str, float]:
+    names = sorted({name for score in e.scores for name in score.metrics})
+    columns: dict[str, list] = {name: [_measured(s, name) for s in e.scores] for name in names}
+    if any(s.pred is not None for s in e.scores):
+        columns["pred"] = [s.pred for s in e.scores]
+    return validation_metrics(
+        [e.prompts[r.group].data_source for r in e.rollouts], [r.group for r in e.rollouts],
+        [s.reward for s in e.scores], columns,
+    )  # fmt: skip
 
 
 def _measured(score: Score, name: str) -> float | None:

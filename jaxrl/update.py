@@ -26,7 +26,6 @@ from .compression import sum_over_replicas
 from .models import decoder
 from .models.config import ModelConfig
 from .models.logprobs import target_logprobs
-from .models.truncation import log_kept_mass
 from .offload import to_device
 from .optimizer import Optimizer, OptState
 from .packing import Layout
@@ -130,17 +129,14 @@ def _logprobs(
     config: ModelConfig, variables: Tree, rows: PackedRows, num_slots: Array, sampling: tuple, truncates: bool
 ):
     """(logprobs, entropy, log_kept) of the targets; `sampling` is (temperature, top_k, top_p)."""
-    temperature, top_k, top_p = sampling
-    hidden = _hidden(config, variables, rows, "lm")
-    params, targets = variables["params"], (rows.target_columns, rows.target_ids, num_slots)
-    table, bias = decoder.head_table(config, params), decoder.head_bias(config, params)
+    temperature, *keep = sampling
+    hidden, params = _hidden(config, variables, rows, "lm"), variables["params"]
     with jax.named_scope("logprobs"):
-        how = {"bias": bias, "softcap": config.logit_softcap, "temperature": temperature}
-        logprobs, entropy = target_logprobs(hidden, table, *targets, **how)
-        log_kept = jnp.zeros_like(logprobs)
-        if truncates:
-            log_kept = log_kept_mass(hidden, table, *targets, **how, top_k=top_k, top_p=top_p)
-    return logprobs, entropy, log_kept
+        return target_logprobs(
+            hidden, decoder.head_table(config, params), rows.target_columns, rows.target_ids, num_slots,
+            bias=decoder.head_bias(config, params), softcap=config.logit_softcap, temperature=temperature,
+            keep=tuple(keep) if truncates else None,
+        )  # fmt: skip
 
 
 def _values(config: ModelConfig, variables: Tree, rows: PackedRows) -> Array:

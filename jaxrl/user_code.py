@@ -32,11 +32,7 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}, line {frame.lineno}"
-        raise ValueError(
-            f"{what} {name}: importing {path} failed: {type(error).__name__}: {error} ({where})."
-        ) from error
+        raise ValueError(f"{what} {name}: importing {path} failed: {what_failed(error)}.") from error
     if attribute not in vars(module):
         functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
         close = difflib.get_close_matches(attribute, functions, n=1)
@@ -46,3 +42,12 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{what} {name}: {attribute} in {path} is not a function but a {type(function).__name__}.")
     return function
+
+
+def what_failed(error: BaseException) -> str:
+    """What an error in a user's code says, in one line, and where it came about: `KeyError: 'x' (mine.py, line 6)`."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, SyntaxError):  # says where itself
+        return said
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({Path(frame.filename).name}, line {frame.lineno})"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from jaxrl.batch import Prompt
 from jaxrl.config import Model, VllmSection
 from jaxrl.parallel import make_mesh
 from jaxrl.roles import abstract_variables, load_base, model_config
-from jaxrl.rollout.engine import Engine, Sampling
+from jaxrl.rollout.engine import Engine, EngineLost, Sampling
 from jaxrl.rollout.jax_engine import JaxEngine
 from jaxrl.rollout.vllm_engine import VllmEngine
 from jaxrl.weights.locate import resolve
@@ -146,4 +147,7 @@ def timed(work: Any) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, EngineLost) as error:
+        sys.exit(f"error: {error}")

@@ -40,9 +40,11 @@ def main() -> None:
         parser.error("OUT is missing: name the folder to write")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("jaxrl").setLevel(logging.INFO)
-    mesh = re.fullmatch(r"(\d+)[x,](\d+)[x,](\d+)", args.mesh)
+    mesh = re.fullmatch(r"([1-9]\d*)[x,]([1-9]\d*)[x,]([1-9]\d*)", args.mesh)
     if mesh is None:
         sys.exit(f"error: --mesh {args.mesh!r} is not data x fsdp x tensor, such as 1x8x1")
+    if not args.max_shard_size > 0:
+        sys.exit(f"error: --max-shard-size {args.max_shard_size:g} must be above 0, in bytes")
     data, fsdp, tensor = (int(size) for size in mesh.groups())
     # A conversion needs no accelerator; the devices of the mesh are parts of this host.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -21,7 +21,8 @@ def main() -> None:
     args = parser.parse_args()
     folder, named = tempfile.mkdtemp(prefix="jaxrl-doctor-"), False
     try:
-        overrides = [f"trainer.run_dir={folder}/run", "trainer.resume_mode=disable", "rollout.max_probs_diff=null"]
+        overrides = [f"trainer.run_dir={folder}/run", "rollout.max_probs_diff=null"]
+        overrides += ["trainer.resume_mode=disable", "trainer.resume_from_path=null"]
         overrides.append("rollout.free_cache_engine=false")  # it computes while the engine is awake
         c = config.load(args.config, [*args.overrides, *overrides])
         from jaxrl.trainer import Trainer  # JAX starts only once the config holds together

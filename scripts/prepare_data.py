@@ -136,7 +136,10 @@ def write(splits: dict[str, list[dict[str, Any]]], out: Path, *, overwrite: bool
     import pyarrow.parquet
 
     check_out(out, overwrite=overwrite)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made ({error}): name a folder that you may write") from error
     files = []
     for split, rows in splits.items():
         file = out / f"{split}.parquet"

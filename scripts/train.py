@@ -42,13 +42,13 @@ def main() -> None:
 
         try:
             trainer = Trainer(c, link)
-        except (ValueError, EngineLost) as error:
+        except (ValueError, OSError, EngineLost) as error:
             sys.exit(f"error: {error}")
         try:
             trainer.fit()
-        except (ValueError, RewardError, EngineLost) as error:
+        except (ValueError, OSError, RewardError, EngineLost) as error:
             log = trainer.folder / "logs" / f"process_{link.process_id}.log"
-            sys.exit(f"error: {error} ({log} holds the traceback)")
+            sys.exit(f"error: {error}" + (f" ({log} holds the traceback)" if log.exists() else ""))
 
 
 if __name__ == "__main__":

@@ -114,6 +114,22 @@ def test_what_does_not_fit_is_named(tmp_path):
         Checkpoints(tmp_path, max_to_keep=0)
 
 
+@pytest.mark.parametrize("cut", ["d/*", "_METADATA"])  # where the numbers are, and where their names are
+def test_a_damaged_checkpoint_is_named_with_the_fix_in_one_line(tmp_path, cut):
+    state, sentence = (
+        {"w": jax.random.normal(jax.random.key(0), (256, 256))},
+        "cannot be read .*: where it is damaged, remove",
+    )
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    largest = max((tmp_path / "global_step_1").rglob(cut), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"global_step_1 {sentence} that folder") as caught:
+        Checkpoints(tmp_path).restore(1, abstract_of(state))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
 def test_an_error_in_the_background_is_raised_by_wait(tmp_path):
     (tmp_path / "file").write_text("")
     checkpoints = Checkpoints(tmp_path)

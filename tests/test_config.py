@@ -73,10 +73,13 @@ def test_an_unknown_key_at_any_depth_is_answered_with_a_suggestion(override, sen
         ("actor.optim.lr=1=2", "actor.optim.lr is '1=2' and must be float"),
         ("rollout.n=1.5", "rollout.n is 1.5 and must be int"),
         ("data.shuffle=maybe", "data.shuffle is 'maybe' and must be bool"),
-        ("data.train_kwargs=3", "data.train_kwargs is 3 and must be dict[str, Any]"),
-        ("actor.optim.betas=[0.9]", "actor.optim.betas is [0.9] and must be tuple[float, float]"),
-        ("trainer.logger=console", "trainer.logger is 'console' and must be tuple[str, ...]"),
-        ("reward.functions=exact_number", "reward.functions is 'exact_number' and must be list[RewardFunction]"),
+        ("data.train_kwargs=3", "data.train_kwargs is 3 and must be keys and values, as {a: 1}"),
+        ("actor.optim.betas=[0.9]", "actor.optim.betas is [0.9] and must be two numbers, as [0.9, 0.999]"),
+        ("trainer.logger=console", "trainer.logger is 'console' and must be a list of texts, as [a, b]"),
+        (
+            "reward.functions=exact_number",
+            "reward.functions is 'exact_number' and must be a list, as [{name: exact_number}]",
+        ),
         ("reward.functions=[exact_number]", "reward.functions[0] must be a section with keys, and is 'exact_number'"),
         ("reward.functions=[{name: a, weight: b}]", "reward.functions[0].weight is 'b' and must be float"),
         ("actor.optim=adam", "actor.optim must be a section with keys, and is 'adam'"),
@@ -176,11 +179,12 @@ def test_settings_that_are_missing_are_all_named(file):
         ("model: [", "is not a YAML file of sections"),
         ("3", "is not a YAML file of sections"),
         ("model:", "model must be a section with keys, and is None"),
+        ("# caf\xe9\nmodel: {}", "is not a YAML file of sections: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_in_one_line(text, sentence, tmp_path):
     path = tmp_path / "broken.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=sentence) as caught:
         load(path)
     assert "broken.yaml" in str(caught.value) and "\n" not in str(caught.value)
@@ -189,6 +193,8 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(text, sentence, tmp_pat
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.yaml is not there"):
         load(tmp_path / "nowhere.yaml")
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder: --config takes a YAML file"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +204,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         (["trainer.row_length=1000"], r"row_length 1000 is shorter than .* = 1024"),
         (["reward.functions=[]"], "there is no reward: set reward.functions"),
         (["model.attention=splash", "rollout.n=2"], "splash cannot share a prompt .* set trainer.share_prompt=false"),
+        (
+            ["model.attention=splash", "trainer.row_length=1100"],
+            "blocks of 128 tokens, and trainer.row_length 1100 is no",
+        ),
         (["algorithm.rollout_correction.rollout_rs=token_k1"], "rollout_rs and rollout_rs_threshold belong together"),
         (
             ["algorithm.rollout_correction.rollout_rs_threshold=2"],
@@ -205,12 +215,21 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ),
         (["rollout.val_kwargs.n=2"], "val_kwargs.n above 1 needs rollout.val_kwargs.temperature above 0"),
         (
+            ["rollout.val_kwargs.greedy=true", "rollout.val_kwargs.temperature=1"],
+            "val_kwargs.greedy is a greedy answer .* beside n samples .* set rollout.val_kwargs.n above 1",
+        ),
+        (
             ["algorithm.rollout_correction.bypass_mode=true", "algorithm.rollout_correction.rollout_is=token"],
             "bypass_mode leaves nothing to correct",
         ),
         (["model.lora_rank=4", "model.lora_targets=[q_proj,wv]"], "model.lora_targets .*wv.* must be some of q_proj"),
         (["model.lora_rank=4", "model.lora_targets=[]"], "model.lora_targets .* must be some of q_proj"),
+        (["trainer.logger=[jsonl,console,jsonl]"], "trainer.logger .* names one twice"),
         (["trainer.resume_mode=resume_path"], "resume_path needs trainer.resume_from_path"),
+        (
+            ["trainer.resume_from_path=a/global_step_1"],
+            "resume_from_path is of trainer.resume_mode resume_path: set it",
+        ),
         (["model.lora_rank=4", "model.lora_alpha=0"], "model.lora_alpha 0.0 must be above 0"),
         (["actor.optim.clip_grad=-1"], "actor.optim.clip_grad is -1.0 and must be above 0"),
         (["critic.optim.lr=.nan"], "critic.optim.lr is nan and must be 0 or above"),
@@ -255,7 +274,8 @@ def test_what_does_fit_together_passes(overrides, file):
         "rollout.max_num_seqs", "rollout.val_kwargs.n", "rollout.temperature", "actor.ppo_epochs",
         "actor.ppo_mini_batch_size", "actor.ppo_max_token_len_per_gpu", "critic.ppo_epochs",
         "critic.ppo_max_token_len_per_gpu", "algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl",
-        "reward.timeout_s", "trainer.total_epochs", "trainer.total_training_steps", "trainer.row_length",
+        "reward.timeout_s", "trainer.max_ckpt_to_keep", "trainer.total_epochs", "trainer.total_training_steps",
+        "trainer.row_length",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("value", ["0", "-1"])
@@ -275,10 +295,14 @@ def test_the_choices_are_those_of_the_code():
     from jaxrl.data import Truncation
     from jaxrl.models.attention import ATTENTION
     from jaxrl.models.decoder import REMAT_POLICIES
+    from jaxrl.optimizer import MOMENTS_DTYPES, SCHEDULES
 
     assert set(CHOICES["model.remat"]) == {"none", *REMAT_POLICIES}
     assert set(CHOICES["model.attention"]) == set(ATTENTION)
     assert set(CHOICES["algorithm.rollout_correction.rollout_is"]) == {None, *IMPORTANCE_LEVELS}
+    for role in ("actor", "critic"):
+        assert set(CHOICES[f"{role}.optim.lr_scheduler_type"]) == set(SCHEDULES)
+        assert set(CHOICES[f"{role}.optim.moments_dtype"]) == set(MOMENTS_DTYPES)
     assert set(CHOICES["data.truncation"]) == set(typing.get_args(Truncation))
 
 
@@ -313,8 +337,9 @@ def test_what_follows_from_the_settings(file):
     assert (
         load(file, ["actor.use_kl_loss=true"]).needs_ref and load(file, ["algorithm.use_kl_in_reward=true"]).needs_ref
     )
-    assert load(file).row_length == 1024 and load(file, ["trainer.row_length=2000"]).row_length == 2000
     assert str(load(file).run_dir) == "runs/test" and str(load(file, ["trainer.run_dir=a/b"]).run_dir) == "a/b"
+    # A shell leaves the ~ behind `trainer.run_dir=` to us.
+    assert load(file, ["trainer.run_dir=~/a"]).run_dir == Path.home() / "a"
 
 
 def test_a_saved_config_is_loaded_as_it_was(file, tmp_path):
@@ -326,6 +351,13 @@ def test_a_saved_config_is_loaded_as_it_was(file, tmp_path):
     save(c, tmp_path / "saved.yaml")
     assert load(tmp_path / "saved.yaml") == c
     assert differences(c, tmp_path / "saved.yaml") == []
+
+
+@pytest.mark.parametrize("text", ["", "model: {path", "[]"])
+def test_a_folder_whose_config_cannot_be_read_is_refused_with_the_fix(file, tmp_path, text):
+    (tmp_path / "saved.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"saved.yaml is not what a run has written, .*: remove the file if this is"):
+        differences(load(file), tmp_path / "saved.yaml")
 
 
 def test_differences_name_what_changes_the_run_and_let_pass_what_does_not(file, tmp_path):

@@ -437,6 +437,11 @@ def test_command_line_converts_says_so_and_reports_errors_in_one_line(tmp_path):
     failed = run(str(DATA / "hf_flax" / "gpt2" / "nothing"), "x")
     assert failed.returncode == 1 and "does not exist" in failed.stderr and "Traceback" not in failed.stderr
     assert run("out").returncode == 2 and nothing_but(tmp_path, "out")
+    for option, value, sentence in (
+        ("--mesh", "0x1x1", "--mesh '0x1x1' is not data x fsdp x tensor"),
+        ("--max-shard-size", "-1", "--max-shard-size -1 must be above 0"),
+    ):
+        assert run("out", "other", option, value).stderr.startswith(f"error: {sentence}")
 
 
 # What is wrong.

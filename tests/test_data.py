@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jaxrl.data import PromptDataset, PromptLoader, load_rows, truncate
+from jaxrl.data import PromptDataset, PromptLoader, load_rows, tokenizer_of, truncate
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
@@ -64,6 +64,20 @@ def verl_rows(count):
 
 def plain_rows(count):
     return [{"question": f"What is {i} + 1?", "answer": i + 1, "level": "easy"} for i in range(count)]
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "config.json"])
+def test_a_tokenizer_that_cannot_be_read_is_said_in_one_line(chat_tokenizer, tmp_path, broken):
+    with pytest.raises(ValueError, match="holds no tokenizer that can be read .*: fetch its tokenizer") as caught:
+        tokenizer_of(tmp_path)
+    assert "\n" not in str(caught.value)
+    chat_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 32}')
+    assert tokenizer_of(tmp_path).chat_template == TEMPLATE
+    (tmp_path / broken).write_text('{"model_type": "llama", "hidden_size": null}')
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no tokenizer that can be read") as caught:
+        tokenizer_of(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 # --- From a row to a prompt -------------------------------------------------------------------------------------------
@@ -261,11 +275,10 @@ def indices(batch):
     return [prompt.index for prompt in batch]
 
 
-@pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_resumed_loader_continues_exactly_from_any_position(chat_tokenizer, shuffle, drop_last):
+def test_a_resumed_loader_continues_exactly_from_any_position(chat_tokenizer, shuffle):
     dataset = PromptDataset(verl_rows(10), chat_tokenizer, max_prompt_length=64)
-    settings = {"prompts_per_step": 3, "seed": 5, "shuffle": shuffle, "drop_last": drop_last}
+    settings = {"prompts_per_step": 3, "seed": 5, "shuffle": shuffle}
     uninterrupted = PromptLoader(dataset, **settings)
     steps = [(uninterrupted.state(), next(uninterrupted), uninterrupted.epoch) for _ in range(14)]
     assert steps[-1][2] >= 3  # more than three epochs
@@ -288,14 +301,11 @@ def test_an_epoch_shows_every_prompt_once_and_the_next_in_another_order(chat_tok
     assert indices(next(other)) != epochs[0]
 
 
-def test_a_last_batch_that_is_not_full_is_dropped_or_shorter(chat_tokenizer):
+def test_prompts_that_do_not_fill_a_last_batch_are_left_out(chat_tokenizer):
     dataset = PromptDataset(verl_rows(5), chat_tokenizer, max_prompt_length=64)
-    dropping = PromptLoader(dataset, prompts_per_step=2, seed=0, shuffle=False)
-    assert dropping.steps_per_epoch == 2
-    assert [indices(next(dropping)) for _ in range(3)] == [[0, 1], [2, 3], [0, 1]]
-    keeping = PromptLoader(dataset, prompts_per_step=2, seed=0, shuffle=False, drop_last=False)
-    assert keeping.steps_per_epoch == 3
-    assert [indices(next(keeping)) for _ in range(4)] == [[0, 1], [2, 3], [4], [0, 1]]
+    loader = PromptLoader(dataset, prompts_per_step=2, seed=0, shuffle=False)
+    assert loader.steps_per_epoch == 2
+    assert [indices(next(loader)) for _ in range(3)] == [[0, 1], [2, 3], [0, 1]]
 
 
 def test_a_position_may_be_continued_with_another_number_of_prompts_a_step(chat_tokenizer):
@@ -335,4 +345,3 @@ def test_a_loader_that_cannot_fill_a_step_says_so(chat_tokenizer):
         PromptLoader(dataset, prompts_per_step=0, seed=0)
     with pytest.raises(ValueError, match="data.seed is -1"):
         PromptLoader(dataset, prompts_per_step=2, seed=-1)
-    assert len(next(PromptLoader(dataset, prompts_per_step=4, seed=0, drop_last=False))) == 3

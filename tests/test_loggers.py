@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jaxrl.loggers import Metrics, Run, Samples
+from jaxrl.loggers import JsonLines, Metrics, Run, Samples
 
 
 def some_run(folder, first_step: int = 1) -> Run:
@@ -72,6 +72,13 @@ def test_a_run_that_goes_on_writes_each_step_once(tmp_path):
         "reward": 0.5,
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+
+
+def test_a_line_that_no_run_has_written_is_shown(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\0\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl holds a line that no run has written \(.*x00.*\): remove it"):
+        JsonLines(tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n\0\0\n'
 
 
 def test_console_prints_a_line_a_step_and_one_a_validation(tmp_path):

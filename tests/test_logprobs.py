@@ -47,7 +47,7 @@ def _plain(hidden, table, num_slots, weights, temperature):
 @partial(jax.jit, static_argnums=(4, 5))
 def _chunked(hidden, table, num_slots, weights, temperature, chunk):
     def run(hidden, table, num_slots):
-        return target_logprobs(hidden, table, *TARGETS, num_slots, temperature=temperature, chunk=chunk)
+        return target_logprobs(hidden, table, *TARGETS, num_slots, temperature=temperature, chunk=chunk)[:2]
 
     return evaluate(run, hidden, table, num_slots, weights)
 
@@ -85,7 +85,7 @@ def test_a_bias_of_the_head_and_a_softcap_of_its_logits_have_the_gradient_of_the
     def chunked(hidden, table, bias):
         return target_logprobs(
             hidden, table, *TARGETS, jnp.int32(NUM_SLOTS), bias=bias, softcap=softcap, temperature=0.6, chunk=4
-        )
+        )[:2]
 
     @partial(jax.jit, static_argnums=0)
     def evaluate(run, *arrays):
@@ -151,8 +151,9 @@ def test_never_are_all_logits_in_memory_forward_or_backward():
     slots = jax.ShapeDtypeStruct((W, T), jnp.int32)
 
     def loss(hidden, table, columns, ids, num_slots):
-        logprobs, entropy = target_logprobs(hidden, table, columns, ids, num_slots)
-        return jnp.sum(logprobs + entropy)
+        keep = (50, 0.9)
+        logprobs, entropy, log_kept = target_logprobs(hidden, table, columns, ids, num_slots, keep=keep)
+        return jnp.sum(logprobs + entropy + log_kept)
 
     program = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, table, slots, slots, jnp.int32(0)))
     shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[(\d+(?:,\d+)*)\]", program)}

@@ -26,8 +26,8 @@ from jaxrl.plan import check
 from jaxrl.plan.costs import bytes_of, cost
 from jaxrl.plan.hlo import facts
 from jaxrl.plan.memory import memory_of
-from jaxrl.plan.programs import Work, batches_of, programs_of, roles_of, updates_of
-from jaxrl.plan.report import Plan, make_plan, table, verdict
+from jaxrl.plan.programs import BATCHES, Work, batches_of, engine_of, programs_of, roles_of, updates_of
+from jaxrl.plan.report import Plan, advice, make_plan, table, verdict
 from jaxrl.plan.sources import described_model
 from jaxrl.plan.sweep import meshes, sweep, sweep_table
 from jaxrl.reward_model import reward_model_of
@@ -211,6 +211,17 @@ def test_later_turns_are_planned_with_prompts_that_hold_the_turns_before_them():
     c = config(rollout={"n": 2, "multi_turn": {"function": "f.py:reply"}})
     batch = batches_of(c)["turns"]
     assert (batch.num_prompts, batch.longest_prompt, batch.sampling.n) == (64, 63, 1)
+
+
+def test_a_validation_that_samples_and_answers_greedily_is_planned_with_the_prompts_of_either():
+    sampled = {"temperature": 1.0, "n": 4, "greedy": True}
+    rollout = {"max_num_seqs": 64, "val_kwargs": sampled, "multi_turn": {"function": "f.py:reply"}}
+    c = config("1x1x1", data={"val_files": "val.parquet"}, rollout=rollout)
+    batches, engine = batches_of(c), engine_of(c, roles_of(c, make_mesh(1, 1, 1)))
+    assert tuple(batches) == BATCHES and batches["val_greedy"].sampling.temperature == 0
+    assert [batches[name].largest(engine).prompts for name in ("val", "val_greedy")] == [16, 64]
+    found = make_plan(c, described("cpu:1"), only=["val_greedy/begin"])
+    assert advice(dataclasses.replace(found, resident={}), found.programs[0]).startswith("Lower rollout.max_num_seqs")
 
 
 def test_an_offloaded_base_comes_whole_when_the_engine_takes_it_and_layer_by_layer_in_an_update():
@@ -654,7 +665,9 @@ def test_the_peak_of_an_update_is_within_a_tenth_of_what_a_gpu_held(tmp_path):
     def zeros(tree):
         return jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), tree)
 
-    state = new_train_state(mesh, roles.actor_optimizer, zeros(roles.actor_state.trained), roles.actor_state)
+    state = new_train_state(
+        mesh, roles.actor_optimizer, zeros(roles.actor_state_abstract.trained), roles.actor_state_abstract
+    )
     inputs = zeros(roles.policy.abstract_put(micro_batches_of(c, mesh, 16, c.actor.ppo_max_token_len_per_gpu)))
     jax.block_until_ready(roles.policy.step_program(state)(state, {}, *inputs, put_replicated(mesh, np.float32(0))))
     measured = mesh.devices.flat[0].memory_stats()["peak_bytes_in_use"]

@@ -112,6 +112,12 @@ def test_wrong_gsm8k_files_are_named(prepare_data, source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_named(prepare_data, source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--out .*file/out cannot be made \(.*\): name a folder that you may write"):
+        prepare_data.main(["gsm8k", "--source", str(source), "--out", str(tmp_path / "file" / "out")])
+
+
 def test_reasoning_gym_splits_share_no_question_and_scores_its_own_answers(prepare_data, tmp_path):
     reasoning_gym = pytest.importorskip("reasoning_gym")
     sizes = [

@@ -70,7 +70,8 @@ def test_plot_shows_training_and_each_validation(tmp_path):
             if step:
                 row["critic/score/mean"] = float(np.clip(expected + rng.normal(0, 0.05), 0, 1))
             if step % 20 == 0:
-                row["val-core/sums/reward/mean@1"] = float(expected + 0.06)
+                row["val-core/sums/reward/mean@1"] = float(expected + 0.06)  # greedy, beside samples:
+                row["val-core/sums/reward/mean@4"] = float(expected - 0.06)
                 row["val-core/sums/reward/best@4/mean"] = 1.0
                 row["val-core/largest/acc/mean@4"] = float(expected * 0.8)
             file.write(json.dumps(row) + "\n")
@@ -79,4 +80,4 @@ def test_plot_shows_training_and_each_validation(tmp_path):
     image = imread(path)
     assert image.shape[:2] == (720, 1280)
     colors = {tuple(color) for color in (image[..., :3] * 255).astype(int).reshape(-1, 3)}
-    assert {(0x4C, 0x78, 0xA8), (0xF5, 0x85, 0x18), (0x54, 0xA2, 0x4B)} <= colors
+    assert {(0x4C, 0x78, 0xA8), (0xF5, 0x85, 0x18), (0x54, 0xA2, 0x4B), (0xB2, 0x79, 0xA2)} <= colors

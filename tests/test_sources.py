@@ -122,11 +122,17 @@ def test_wrong_sources_in_memory_are_named():
             load_rows(source, split=split)
 
 
+def test_the_mark_that_windows_puts_before_utf_8_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": "é"}\n{"a": "b"}\n', encoding="utf-8-sig")
+    assert load_rows(tmp_path / "rows.jsonl") == [{"a": "é"}, {"a": "b"}]
+
+
 def test_wrong_files_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.jsonl").write_text('{"a": 1}\n{"a": \n')
     (tmp_path / "broken.json").write_text('[{"a": 1}')
+    (tmp_path / "object.json").write_text('{\n "data": [{"a": 1}]\n}')
     (tmp_path / "broken.parquet").write_text("not parquet")
     (tmp_path / "rows.csv").write_text("a\n1\n")
     (tmp_path / "script.py").write_text("")
@@ -138,7 +144,11 @@ def test_wrong_files_are_named(tmp_path):
         (tmp_path / "empty", "has no file that ends in .parquet, .jsonl, .json; it holds nothing"),
         (tmp_path / "empty.jsonl", "empty.jsonl is empty"),
         (tmp_path / "broken.jsonl", "line 2 of .*broken.jsonl is not valid json"),
-        (tmp_path / "broken.json", "broken.json is not valid json"),
+        (
+            tmp_path / "broken.json",
+            "broken.json is not valid json .*: a file holds one row a line, or one list of rows",
+        ),
+        (tmp_path / "object.json", "line 1 of .*object.json is not valid json .*: a file holds one row a line, or one"),
         (tmp_path / "broken.parquet", "broken.parquet could not be read as parquet"),
         ([tmp_path / "rows.parquet", tmp_path / "other.parquet"], "could not be read as parquet"),
         (tmp_path / "rows.csv", "has the ending '.csv'"),
@@ -154,9 +164,13 @@ def test_wrong_files_are_named(tmp_path):
 def test_wrong_functions_and_tasks_are_named(tmp_path):
     (tmp_path / "rows.py").write_text("def rows(size):\n    return size\n")
     (tmp_path / "broken.py").write_text("import there_is_no_such_module\n")
+    (tmp_path / "raises.py").write_text("raise RuntimeError('one\\ntwo')\n")
+    (tmp_path / "syntax.py").write_text("def rows()\n    return []\n")
     for source, kwargs, sentence in [
         (f"{tmp_path}/none.py:rows", {}, "there is no file .*none.py"),
         (f"{tmp_path}/broken.py:rows", {}, "importing .*broken.py failed: ModuleNotFoundError"),
+        (f"{tmp_path}/raises.py:rows", {}, r"failed: RuntimeError: one two \(raises.py, line 1\)"),
+        (f"{tmp_path}/syntax.py:rows", {}, r"failed: SyntaxError: expected ':' \(syntax.py, line 1\)\.$"),
         (f"{tmp_path}/rows.py:row", {}, "has no function row; did you mean rows"),
         (f"{tmp_path}/rows.py:other", {}, "has no function other; its functions are: rows"),
         (f"{tmp_path}/rows.py:rows", {}, "missing a required argument: 'size'; its parameters are \\(size\\)"),

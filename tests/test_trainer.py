@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from jaxrl.config import from_dict
+from jaxrl.loggers import Run, Samples
 from jaxrl.parallel import make_mesh
 from jaxrl.plan import check
 from jaxrl.plan.programs import roles_of
@@ -253,7 +255,8 @@ def graded(solution_str, ground_truth, extra_info):
 def test_a_sample_whose_reward_failed_counts_as_wrong_and_is_counted(settings, tmp_path):
     (tmp_path / "half.py").write_text(FAILS_HALF)
     tree = settings("half", reward={"functions": [{"name": f"{tmp_path}/half.py:graded"}]},
-                    rollout__val_kwargs={"temperature": 1.0, "n": 2}, trainer__total_training_steps=1)  # fmt: skip
+                    rollout__val_kwargs={"temperature": 1.0, "n": 2, "greedy": True},
+                    trainer__total_training_steps=1)  # fmt: skip
     for split in ("train", "val"):
         path = tmp_path / f"{split}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -261,9 +264,28 @@ def test_a_sample_whose_reward_failed_counts_as_wrong_and_is_counted(settings, t
     first, last = run(tree)
     assert last["reward/errors"] > 0 == last["reward/errors"] % 4  # all four responses to some prompts
     for row in (first, last):
-        assert row["val-core/sums/acc/mean@2"] == 0.5 and row["val-aux/reward_errors"] == 8
+        assert row["val-core/sums/acc/mean@2"] == 0.5 == row["val-core/sums/acc/mean@1"]
+        assert row["val-aux/reward_errors"] == 8 + 4  # of sampled answers and of greedy ones
         assert row["val-aux/sums/reward/mean@2"] == 0.5  # the score, not the metric of that name
         assert row["val-core/sums/acc/maj@2/mean"] == 0.5
+
+
+def test_a_validation_that_samples_and_answers_greedily_gives_the_numbers_of_either(settings, tmp_path):
+    def validate(name: str, **val_kwargs) -> tuple[dict, list[dict]]:
+        trainer = Trainer(from_dict(settings(name, rollout={"val_kwargs": val_kwargs})), trains=False)
+        run = Run(tmp_path / name, "project", name, {}, epochs=1, steps=1, first_step=0)
+        with closing(trainer.engine), trainer.scorer, closing(Samples(run)) as samples:
+            trainer.engine.update_weights(trainer.roles.actor_variables(), 0)
+            metrics = trainer.validate(0, samples)
+        return metrics, [json.loads(line) for line in (tmp_path / name / "samples.jsonl").open()]
+
+    greedy, greedy_rows = validate("greedy")
+    sampled, sampled_rows = validate("sampled", n=4, temperature=1.0)
+    both, rows = validate("both", n=4, temperature=1.0, greedy=True)
+    assert both == greedy | sampled
+    name = "val-core/sums/reward"
+    assert both[f"{name}/best@4/mean"] > both[f"{name}/mean@4"] != both[f"{name}/mean@1"]
+    assert rows == sampled_rows + [row | {"split": "val_greedy"} for row in greedy_rows]
 
 
 def test_kl_with_coefficient_0_is_watched_and_moves_nothing(settings):
@@ -287,6 +309,15 @@ def test_what_goes_wrong_while_training_is_one_sentence_with_the_log_that_says_m
     assert "error: reward " in ended.stderr and "out of grades" in ended.stderr
     log = tmp_path / "raises" / "logs" / "process_0.log"
     assert f"({log} holds the traceback)" in ended.stderr and "Traceback" in log.read_text()
+
+
+def test_a_disk_that_cannot_be_written_is_named_in_one_sentence(settings, tmp_path):
+    path = tmp_path / "unwritable.json"
+    path.write_text(json.dumps(settings("unwritable", trainer__run_dir="/proc/run")))
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(path)]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "error: " in ended.stderr and "/proc" in ended.stderr
 
 
 @pytest.mark.parametrize("script", ["train", "plan", "doctor", "serve_vllm", "convert_checkpoint", "prepare_data"])
@@ -436,7 +467,17 @@ def rows():
         ("actor__loss_agg_mode", "token_mean", "Unknown actor.loss_agg_mode 'token_mean'. Did you mean 'token-mean'"),
         ("algorithm__adv_estimator", "gea", "Unknown algorithm.adv_estimator 'gea'. Did you mean 'gae'"),
         ("trainer__logger", ["wanbd"], "Unknown trainer.logger 'wanbd'. Did you mean 'wandb'"),
-        ("rollout__top_p", 1.5, "top_p"),
+        ("rollout__top_p", 1.5, r"rollout\.top_p 1.5: set it above 0 and at most 1"),
+        (
+            "rollout__val_kwargs",
+            {"top_k": 0, "temperature": 1.0},
+            r"rollout\.val_kwargs\.top_k 0: set 1 or more, or -1",
+        ),
+        (
+            "model__attention",
+            "cudnn",
+            "model.attention cudnn is a kernel of a gpu, and the devices here are of kind cpu",
+        ),
         ("data__max_response_length", 500, "= 508 is more than the 64 tokens of the context"),
         ("data__train_files", "nowhere.parquet", "there is no file nowhere.parquet"),
         ("data__prompt_key", "question", "question"),
@@ -453,12 +494,13 @@ def rows():
         ),
         ("algorithm__adv_estimator", "MINE:estimator", r"is called with \(rewards, mask\)"),
         ("data__train_files", "MINE:rows", r"failed: KeyError: 'question' \(mine.py, line 6\)"),
+        ("trainer__run_dir", "MINE/run", "the run's folder .*mine.py/run would be in .*mine.py, and that is no folder"),
         ("ref__compute_dtype", "float16", "ref.compute_dtype is 'float16' and must be one of None, bfloat16, float32"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(settings, tmp_path, key, value, sentence):
     (tmp_path / "mine.py").write_text(MINE)
-    value = json.loads(json.dumps(value).replace("MINE", f"{tmp_path}/mine.py"))
+    value = json.loads(json.dumps(value).replace("MINE", f"{tmp_path}/mine.py"))  # a file
     room = {f"{role}__ppo_max_token_len_per_gpu": 1024 for role in ("actor", "critic")}
     tree = settings("bad", trainer__row_length=None, **room, **{key: value})
     with pytest.raises(ValueError, match=sentence):

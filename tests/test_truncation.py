@@ -7,7 +7,7 @@ import pytest
 from test_jax_engine import DATA, load, prompts_of
 
 from jaxrl.metrics import gap_metrics
-from jaxrl.models.truncation import log_kept_mass
+from jaxrl.models.logprobs import target_logprobs
 from jaxrl.packing import Sequences, pack
 from jaxrl.parallel import make_mesh
 from jaxrl.rollout.engine import Sampling
@@ -18,7 +18,7 @@ R, T, D, V, S, USED = 2, 6, 5, 23, 9, 7
 RNG = np.random.default_rng(0)
 HIDDEN, TABLE = RNG.normal(size=(R, T, D)).astype(np.float32), RNG.normal(size=(V, D)).astype(np.float32)
 COLUMNS, IDS = RNG.integers(0, T, (R, S)), RNG.integers(0, V, (R, S))
-WEIGHTS = RNG.normal(size=(R, S)).astype(np.float32) * (np.arange(S) < USED)
+WEIGHTS = RNG.normal(size=(3, R, S)).astype(np.float32) * (np.arange(S) < USED)  # of logprobs, entropies, log masses
 
 
 def kept_by_definition(logits: np.ndarray, chosen: int, top_k: int, top_p: float) -> np.ndarray:
@@ -40,14 +40,16 @@ def test_the_mass_and_its_gradient_are_those_of_the_definition(top_k, top_p):
     def plain(hidden, table):
         picked = jnp.take_along_axis(hidden, COLUMNS[..., None], axis=1)
         logits = jnp.einsum("rsd,vd->rsv", picked, table) / 0.7
-        inside = jax.nn.logsumexp(jnp.where(kept, logits, -1e30), axis=-1)
-        return jnp.sum(WEIGHTS * (inside - jax.nn.logsumexp(logits, axis=-1)))
+        log_p = jax.nn.log_softmax(logits)
+        logprobs = jnp.take_along_axis(log_p, IDS[..., None], axis=-1)[..., 0]
+        log_kept = jax.nn.logsumexp(jnp.where(kept, log_p, -1e30), axis=-1)  # not -inf, whose gradient is nan
+        return jnp.sum(WEIGHTS * jnp.stack([logprobs, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1), log_kept]))
 
     def ours(hidden, table):
-        mass = log_kept_mass(
-            hidden, table, COLUMNS, IDS, jnp.int32(USED), temperature=0.7, top_k=top_k, top_p=top_p, chunk=4
+        out = target_logprobs(
+            hidden, table, COLUMNS, IDS, jnp.int32(USED), temperature=0.7, keep=(top_k, top_p), chunk=4
         )
-        return jnp.sum(WEIGHTS * mass)
+        return jnp.sum(WEIGHTS * jnp.stack(out))
 
     expected, got = (jax.value_and_grad(f, argnums=(0, 1))(HIDDEN, TABLE) for f in (plain, ours))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)  # float32 sums

@@ -35,12 +35,12 @@ from jaxrl.batch import Prompt, Rollout
 from jaxrl.config import Model, VllmSection, from_dict
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import head_table, hidden_states, init_params
+from jaxrl.models.truncation import keep_top_k, keep_top_p
 from jaxrl.parallel import make_mesh
 from jaxrl.roles import abstract_variables, actor_config, load_base, model_config
 from jaxrl.rollout.engine import Engine, Sampling
 from jaxrl.rollout.jax_engine import JaxEngine
 from jaxrl.rollout.protocol import Refused
-from jaxrl.rollout.sampling import keep_top_k, keep_top_p
 from jaxrl.rollout.turns import Turns
 from jaxrl.rollout.vllm_client import ServerLost
 from jaxrl.rollout.vllm_engine import VllmEngine
@@ -577,7 +577,10 @@ def test_a_run_on_the_sidecar_is_the_run_on_the_jax_engine_where_nothing_is_left
                 "train_files": str(tmp_path / "train.jsonl"), "val_files": str(tmp_path / "val.jsonl"),
                 "max_prompt_length": 8, "max_response_length": 6, "train_batch_size": 8,
             },
-            "rollout": {"top_k": 1, "max_num_seqs": 16, **rollout},
+            "rollout": {
+                "top_k": 1, "max_num_seqs": 16, "val_kwargs": {"top_k": 1, "temperature": 1.0, "n": 2, "greedy": True},
+                **rollout,
+            },
             "reward": {"functions": [{"name": f"{tmp_path}/reward.py:letters"}]},
             "algorithm": {"adv_estimator": "reinforce_plus_plus"},
             "actor": {"ppo_mini_batch_size": 8, "ppo_max_token_len_per_gpu": 256, "optim": {"lr": 1e-3}},
@@ -594,6 +597,7 @@ def test_a_run_on_the_sidecar_is_the_run_on_the_jax_engine_where_nothing_is_left
         for name in names:
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-4), (ours["step"], name)
     assert logs["vllm"][1]["actor/grad_norm"] > 0
+    assert {"val-core/sums/reward/mean@1", "val-core/sums/reward/mean@2"} <= logs["vllm"][0].keys()
 
 
 def test_a_run_learns_on_the_sidecar_as_it_does_on_the_jax_engine(url, served_models, tmp_path, monkeypatch):

@@ -368,9 +368,15 @@ def test_the_base_that_olmo3_leaves_out_is_the_same_in_every_spelling():
 def test_existing_folder_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match=r"out exists already: name another folder or ask for overwrite=True"):
+    with pytest.raises(ValueError, match=r"out exists already: name another folder \(or from Python overwrite=True\)"):
         round_trip(DATA / "hf_torch" / "qwen2", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/out cannot be made \(.*\): name a folder that you may write"):
+        round_trip(DATA / "hf_torch" / "qwen2", tmp_path / "file" / "out")
 
 
 def test_overwriting_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path):

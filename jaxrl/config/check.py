@@ -22,6 +22,10 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "critic.compute_dtype": (None, "bfloat16", "float32"),
     "ref.compute_dtype": (None, "bfloat16", "float32"),
     "reward.model.compute_dtype": (None, "bfloat16", "float32"),
+    "actor.optim.lr_scheduler_type": ("constant", "linear", "cosine"),
+    "critic.optim.lr_scheduler_type": ("constant", "linear", "cosine"),
+    "actor.optim.moments_dtype": ("float32", "bfloat16"),
+    "critic.optim.moments_dtype": ("float32", "bfloat16"),
     "actor.optim.grad_compression": ("none", "fp32", "bf16", "fp16", "topk"),
     "critic.optim.grad_compression": ("none", "fp32", "bf16", "fp16", "topk"),
     "data.truncation": ("error", "left", "right", "middle"),
@@ -64,8 +68,8 @@ RANGES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "critic": {POSITIVE: ("ppo_epochs", "ppo_max_token_len_per_gpu", "num_layers", "cliprange_value")},
     "trainer": {
-        POSITIVE: ("total_epochs", "total_training_steps", "row_length", "start_timeout_s", "heartbeat_timeout_s",
-                   "stall_timeout_s"),
+        POSITIVE: ("total_epochs", "total_training_steps", "max_ckpt_to_keep", "row_length", "start_timeout_s",
+                   "heartbeat_timeout_s", "stall_timeout_s"),
         NOT_NEGATIVE: ("critic_warmup",),
     },
 }  # fmt: skip
@@ -122,6 +126,11 @@ def check(c: Config) -> None:
         raise ValueError(
             "model.attention splash cannot share a prompt between responses: set trainer.share_prompt=false"
         )
+    if c.model.attention == "splash" and c.row_length % 128:
+        raise ValueError(
+            f"model.attention splash computes blocks of 128 tokens, and trainer.row_length {c.row_length} is no multiple "
+            "of that: set it to one, or leave it out"
+        )
     correction = c.algorithm.rollout_correction
     if (correction.rollout_rs is None) != (correction.rollout_rs_threshold is None):
         raise ValueError(
@@ -129,6 +138,12 @@ def check(c: Config) -> None:
         )
     if c.trainer.resume_mode == "resume_path" and c.trainer.resume_from_path is None:
         raise ValueError("trainer.resume_mode resume_path needs trainer.resume_from_path, a folder global_step_<n>")
+    if c.trainer.resume_mode != "resume_path" and c.trainer.resume_from_path is not None:
+        raise ValueError(
+            "trainer.resume_from_path is of trainer.resume_mode resume_path: set it too, or leave both out"
+        )
+    if len(set(c.trainer.logger)) < len(c.trainer.logger):
+        raise ValueError(f"trainer.logger {list(c.trainer.logger)} names one twice: name each once")
     if c.model.lora_rank < 0:
         raise ValueError(f"model.lora_rank {c.model.lora_rank} must be 0, which trains all weights, or above")
     if correction.bypass_mode and (correction.rollout_is or correction.rollout_rs):
@@ -138,6 +153,11 @@ def check(c: Config) -> None:
     _check_sampling(c)
     if c.rollout.val_kwargs.temperature == 0 and c.rollout.val_kwargs.n > 1:
         raise ValueError("rollout.val_kwargs.n above 1 needs rollout.val_kwargs.temperature above 0")
+    if c.rollout.val_kwargs.greedy and c.rollout.val_kwargs.n == 1:
+        raise ValueError(
+            "rollout.val_kwargs.greedy is a greedy answer (mean@1) beside n samples (mean@n): set rollout.val_kwargs.n above "
+            "1, or for greedy answers alone rollout.val_kwargs.temperature=0 without it"
+        )
     wrong = [name for name in c.model.lora_targets if name not in LORA_TARGETS]
     if c.model.lora_rank and (wrong or not c.model.lora_targets):
         raise ValueError(f"model.lora_targets {list(c.model.lora_targets)} must be some of {', '.join(LORA_TARGETS)}")

@@ -22,15 +22,23 @@ from .check import check, check_sources
 from .settings import Config, RewardFunction
 from .verl_names import VERL_NAMES
 
+# What types that are no word of YAML look like there.
+_IN_YAML = {
+    "tuple[str, ...]": "a list of texts, as [a, b]", "tuple[float, float]": "two numbers, as [0.9, 0.999]",
+    "list[RewardFunction]": "a list, as [{name: exact_number}]", "dict[str, Any]": "keys and values, as {a: 1}",
+    "dict[str, str]": "keys and texts, as {A: b}",
+}  # fmt: skip
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file with `a.b=c` overrides on top. Raises ValueError in words."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is not there: --config takes a YAML file such as configs/quickstart.yaml")
+        found = "is a folder" if path.is_dir() else "is not there"
+        raise ValueError(f"{path} {found}: --config takes a YAML file such as configs/quickstart.yaml")
     try:
         given = OmegaConf.load(StringIO(_with_bands_as_text(path.read_text(encoding="utf-8"))))
-    except (yaml.YAMLError, OSError) as error:  # OSError: the file holds one number or word
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:  # OSError: the file holds one number or word
         raise ValueError(f"{path} is not a YAML file of sections: {' '.join(str(error).split())}") from None
     if not isinstance(given, DictConfig):
         raise ValueError(f"{path} holds a list, and a config is sections with keys, as in configs/quickstart.yaml")
@@ -90,7 +98,10 @@ def to_dict(c: Config) -> dict[str, Any]:
 
 
 def save(c: Config, path: Path) -> None:
-    OmegaConf.save(OmegaConf.create(to_dict(c)), path)
+    """Whole or not at all: a run that is killed meanwhile goes on by what stands there."""
+    partial = path.with_name(f".{path.name}")
+    OmegaConf.save(OmegaConf.create(to_dict(c)), partial)
+    partial.replace(path)
 
 
 def _check_keys_and_types(cls: type, given: Any, where: str) -> None:
@@ -114,4 +125,5 @@ def _check_keys_and_types(cls: type, given: Any, where: str) -> None:
             try:
                 OmegaConf.merge(OmegaConf.structured(cls), {key: value})
             except (OmegaConfBaseException, TypeError):
-                raise ValueError(f"{where}{key} is {value!r} and must be {cls.__annotations__[key]}") from None
+                wanted = cls.__annotations__[key]
+                raise ValueError(f"{where}{key} is {value!r} and must be {_IN_YAML.get(wanted, wanted)}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from .load import to_dict
@@ -48,7 +49,7 @@ MAY_CHANGE_WHOLLY = ("rollout.vllm", "mesh", "critic.mesh", "ref.mesh", "reward.
 
 def differences(c: Config, saved: Path) -> list[str]:
     """The settings in which `c` is not the run that `saved` (its config.yaml) describes, but for what `MAY_CHANGE`."""
-    theirs = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
+    theirs = _flat(_read(saved))
     for key, value in flat(Config()).items():  # a setting that is new since the run began had this value without saying
         if key not in theirs and not any(name.startswith(f"{key}.") for name in theirs):
             theirs[key] = value
@@ -61,6 +62,19 @@ def differences(c: Config, saved: Path) -> list[str]:
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key) and key not in MAY_CHANGE and not _within(key, MAY_CHANGE_WHOLLY)
     ]
+
+
+def _read(saved: Path) -> dict[str, Any]:
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(saved))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        found = None
+    if not isinstance(found, dict) or not found:
+        raise ValueError(
+            f"{saved} is not what a run has written, so that nobody knows whose folder it is: remove the file if this is "
+            "the same run, or set trainer.run_dir to another folder"
+        )
+    return {str(key): value for key, value in found.items()}
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:

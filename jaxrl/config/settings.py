@@ -53,6 +53,7 @@ class ValKwargs:
     top_p: float = 1.0
     top_k: int = -1
     n: int = 1
+    greedy: bool = False  # beside these n samples (mean@n, best@n, ..) one greedy answer to each problem (mean@1)
 
 
 @dataclass(frozen=True)
@@ -312,6 +313,11 @@ class Config:
         return self.rollout.free_cache_engine and self.trainer.trainer_mode == "sync"
 
     @property
+    def validations(self) -> dict[str, bool]:
+        """How a validation answers its problems: the name of each way, and whether it is greedy whatever `n` says."""
+        return {"val": False} | ({"val_greedy": True} if self.rollout.val_kwargs.greedy else {})
+
+    @property
     def critic_loss_agg_mode(self) -> str:
         return self.critic.loss_agg_mode or self.actor.loss_agg_mode
 
@@ -330,4 +336,4 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.trainer.run_dir or f"runs/{self.trainer.experiment_name}")
+        return Path(self.trainer.run_dir or f"runs/{self.trainer.experiment_name}").expanduser()

@@ -13,7 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
+
+from .truncation import keep_with
 
 # Logits [about this many, V] live at once. On a CPU few over all parts, for the cache; elsewhere many on each device: its
 # matrix units want them, and with every chunk the gradient of the whole table is read and written.
@@ -31,10 +34,13 @@ def target_logprobs(
     bias: Float[Array, "V"] | None = None,
     softcap: float = 0.0,
     temperature: float | Array = 1.0,
+    keep: tuple[ArrayLike, ArrayLike] | None = None,
     chunk: int | None = None,
-) -> tuple[Float[Array, "W S"], Float[Array, "W S"]]:
-    """log p(id) under softmax(hidden[column] . table / temperature), and that softmax's entropy, in nats.
+) -> tuple[Float[Array, "W S"], Float[Array, "W S"], Float[Array, "W S"]]:
+    """log p(id) under softmax(hidden[column] . table / temperature), that softmax's entropy, in nats, and the log of the
+    mass in it of the tokens that `keep`, a top-k and a top-p, keeps (None: of all, zeros).
 
+    log p(id) minus the last is the logprob in the truncated distribution. Which tokens are kept has no gradient.
     `bias` is added to the logits, and `softcap` bounds them, cap * tanh(logit / cap), before the temperature.
     The chunks that lie beyond `num_slots` (the most that any part uses) are not computed and come back as 0.
     """
@@ -42,8 +48,9 @@ def target_logprobs(
     chunk = chunk or chunk_slots(W, S, platform_of_mesh())
     padded = -(-S // chunk) * chunk
     columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
-    both: Any = _chunked(hidden, table, bias, columns, ids, num_slots, jnp.float32(temperature), softcap, chunk)
-    return both[0][:, :S], both[1][:, :S]
+    out: Any = _chunked(hidden, table, bias, columns, ids, num_slots, jnp.float32(temperature), keep, softcap, chunk)
+    logprobs, entropy, *log_kept = (x[:, :S] for x in out)
+    return logprobs, entropy, log_kept[0] if log_kept else jnp.zeros_like(logprobs)
 
 
 def chunk_slots(num_parts: int, num_slots: int, platform: str) -> int:
@@ -70,7 +77,7 @@ def _take(hidden: Float[Array, "W T D"], columns: Int[Array, "W C"]) -> Float[Ar
     return jnp.take_along_axis(hidden, columns[..., None], axis=1)
 
 
-def logits_of(hidden: Float[Array, "W C D"], table: Float[Array, "V D"], bias, softcap: float) -> Float[Array, "W C V"]:
+def _logits(hidden: Float[Array, "W C D"], table: Float[Array, "V D"], bias, softcap: float) -> Float[Array, "W C V"]:
     """Before the temperature."""
     logits = jnp.einsum("wcd,vd->wcv", hidden, table, preferred_element_type=jnp.float32)
     logits = nn.with_logical_constraint(logits, ("rows", None, "vocab"))
@@ -78,46 +85,54 @@ def logits_of(hidden: Float[Array, "W C D"], table: Float[Array, "V D"], bias, s
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _chunked(hidden, table, bias, columns, ids, num_slots, temperature, softcap, chunk):
-    return _forward(hidden, table, bias, columns, ids, num_slots, temperature, softcap, chunk)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _chunked(hidden, table, bias, columns, ids, num_slots, temperature, keep, softcap, chunk):
+    return _forward(hidden, table, bias, columns, ids, num_slots, temperature, keep, softcap, chunk)[0]
 
 
-def _forward(hidden, stored_table, bias, columns, ids, num_slots, temperature, softcap, chunk):
+def _forward(hidden, stored_table, bias, columns, ids, num_slots, temperature, keep, softcap, chunk):
     table = nn.with_logical_constraint(stored_table.astype(hidden.dtype), ("vocab", None))
 
     def body(i, out):
-        logits = logits_of(_take(hidden, _slice(columns, i, chunk)), table, bias, softcap) / temperature
+        token = _slice(ids, i, chunk)
+        logits = _logits(_take(hidden, _slice(columns, i, chunk)), table, bias, softcap) / temperature
         lse = jax.nn.logsumexp(logits, axis=-1)
         entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
         # A sum over the word axis rather than a gather: on a mesh that axis is split over `tensor`.
-        chosen = jnp.arange(table.shape[0]) == _slice(ids, i, chunk)[..., None]
+        chosen = jnp.arange(table.shape[0]) == token[..., None]
         logprob = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - lse
-        return tuple(_put(x, y, i, chunk) for x, y in zip(out, (logprob, entropy, lse), strict=True))
+        found = [lse, logprob, entropy]
+        if keep is not None:
+            found.append(jax.nn.logsumexp(keep_with(token, logits, *keep), axis=-1) - lse)
+        return [_put(x, y, i, chunk) for x, y in zip(out, found, strict=True)]
 
-    zeros = jnp.zeros(ids.shape, jnp.float32)
-    num_chunks = -(-num_slots // chunk)
-    logprobs, entropy, lse = jax.lax.fori_loop(0, num_chunks, body, (zeros, zeros, zeros))
-    return (logprobs, entropy), (hidden, table, stored_table, bias, columns, ids, num_slots, temperature, entropy, lse)
+    start = [jnp.zeros(ids.shape, jnp.float32)] * (3 if keep is None else 4)
+    lse, *out = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
+    return tuple(out), (hidden, table, stored_table, bias, columns, ids, num_slots, temperature, keep, lse, out)
 
 
 def _backward(softcap, chunk, saved, grads):
-    hidden, table, stored_table, bias, columns, ids, num_slots, temperature, entropy, lse = saved
-    grad_logprobs, grad_entropy = grads
+    hidden, table, stored_table, bias, columns, ids, num_slots, temperature, keep, lse, (_, entropy, *log_kept) = saved
     # Part by part: indexed with their numbers, the parts of a mesh would be gathered on every device.
     add_at = jax.vmap(lambda x, columns, g: x.at[columns].add(g))
 
     def body(i, carry):
         d_hidden, table_by_part, bias_by_part = carry
-        column = _slice(columns, i, chunk)
+        column, token = _slice(columns, i, chunk), _slice(ids, i, chunk)
         h = _take(hidden, column)
-        logits = logits_of(h, table, bias, softcap)
-        log_p = logits / temperature - _slice(lse, i, chunk)[..., None]
-        g_logprob, g_entropy = (_slice(g, i, chunk)[..., None] for g in (grad_logprobs, grad_entropy))
+        logits = _logits(h, table, bias, softcap)
+        scaled, log_mass = logits / temperature, _slice(lse, i, chunk)[..., None]
+        log_p = scaled - log_mass
+        g_logprob, g_entropy, *g_kept = (_slice(g, i, chunk)[..., None] for g in grads)
         # d logprob / d logits = [chosen] - p;   d entropy / d logits = -p (log p + entropy)
         d_logits = -jnp.exp(log_p) * (g_logprob + g_entropy * (log_p + _slice(entropy, i, chunk)[..., None]))
-        chosen = jnp.arange(table.shape[0]) == _slice(ids, i, chunk)[..., None]
-        d_logits = jnp.where(chosen, d_logits + g_logprob, d_logits) / temperature
+        chosen = jnp.arange(table.shape[0]) == token[..., None]
+        d_logits = jnp.where(chosen, d_logits + g_logprob, d_logits)
+        if keep is not None:  # d log_kept / d logits = [kept] p / mass - p
+            log_mass += _slice(log_kept[0], i, chunk)[..., None]
+            log_q = keep_with(token, scaled, *keep) - log_mass
+            d_logits += g_kept[0] * (jnp.exp(log_q) - jnp.exp(log_p))
+        d_logits /= temperature
         if softcap:
             d_logits *= 1 - (logits / softcap) ** 2
         if bias is not None:
@@ -136,7 +151,7 @@ def _backward(softcap, chunk, saved, grads):
     d_hidden, table_by_part, bias_by_part = jax.lax.fori_loop(0, -(-num_slots // chunk), body, start)
     d_table = table_by_part.sum(axis=0).T.astype(stored_table.dtype)
     d_bias = None if bias is None else bias_by_part.sum(axis=0).astype(bias.dtype)
-    return d_hidden.astype(hidden.dtype), d_table, d_bias, None, None, None, None
+    return d_hidden.astype(hidden.dtype), d_table, d_bias, None, None, None, None, None
 
 
 _chunked.defvjp(_forward, _backward)

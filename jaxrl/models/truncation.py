@@ -1,66 +1,31 @@
-"""Top-k and top-p: which tokens a truncated distribution keeps, and how much of the whole one that is.
+"""Top-k and top-p: which tokens a truncated distribution keeps.
 
 An engine draws from what is kept, q(token) = p(token) / mass, and its logprobs are those of q. The trainer's are of p,
-the whole distribution; `log_kept_mass` is the difference, with its gradient.
+the whole distribution; the log of the mass, which `logprobs.target_logprobs` gives beside them, is the difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from .logprobs import chunk_slots, logits_of, platform_of_mesh
 
-NO_TOP_K = 2**31 - 1  # more than any vocabulary has
+def keep(logits: Float[Array, "*B V"], top_k: ArrayLike, top_p: ArrayLike) -> Float[Array, "*B V"]:
+    """-inf outside of what top-k and then top-p keep; -1 and 1 keep all, and are not searched for."""
+    logits = jax.lax.cond(jnp.greater(top_k, 0), keep_top_k, lambda x, _: x, logits, top_k)
+    return jax.lax.cond(jnp.less(top_p, 1), keep_top_p, lambda x, _: x, logits, top_p)
 
 
-def log_kept_mass(
-    hidden: Float[Array, "W T D"],
-    table: Float[Array, "V D"],
-    columns: Int[Array, "W S"],
-    ids: Int[Array, "W S"],
-    num_slots: Int[Array, ""],
-    *,
-    temperature: float | Array,
-    top_k: int | Array,
-    top_p: float | Array,
-    bias: Float[Array, "V"] | None = None,
-    softcap: float = 0.0,
-    chunk: int | None = None,
-) -> Float[Array, "W S"]:
-    """log of the mass, under softmax(logits / temperature), of the tokens that top-k and then top-p keep.
-
-    log p(id) minus this is the logprob in the truncated distribution. The chosen id counts as kept: it was drawn, and a
-    trainer whose logits are rounded otherwise, or have moved on since, must not find it impossible. Arguments as of
-    `logprobs.target_logprobs`; `top_k=-1` and `top_p=1` keep all. Which tokens are kept has no gradient.
-    """
-    W, S = ids.shape
-    chunk = chunk or chunk_slots(W, S, platform_of_mesh())
-    padded = -(-S // chunk) * chunk
-    columns, ids = (jnp.pad(x, ((0, 0), (0, padded - S))) for x in (columns, ids))
-    table = nn.with_logical_constraint(table.astype(hidden.dtype), ("vocab", None))
-    top_k = jnp.where(jnp.asarray(top_k) > 0, top_k, NO_TOP_K)
-
-    def of_chunk(i: Array) -> Float[Array, "W C"]:
-        column, token = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in (columns, ids))
-        logits = logits_of(jnp.take_along_axis(hidden, column[..., None], axis=1), table, bias, softcap) / temperature
-        fixed = jax.lax.stop_gradient(logits)
-        kept = jnp.isfinite(keep_top_p(keep_top_k(fixed, top_k), jnp.asarray(top_p, jnp.float32)))
-        kept |= jnp.arange(table.shape[0]) == token[..., None]
-        inside = jnp.where(kept, logits, -1e30)  # not -inf, whose gradient is nan
-        return jax.nn.logsumexp(inside, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-
-    @jax.checkpoint
-    def step(_: None, i: Array) -> tuple[None, Float[Array, "W C"]]:
-        zeros = jnp.zeros((W, chunk), jnp.float32)
-        return None, jax.lax.cond(i * chunk < num_slots, of_chunk, lambda i: zeros, i)
-
-    _, mass = jax.lax.scan(step, None, jnp.arange(padded // chunk))
-    return mass.swapaxes(0, 1).reshape(W, padded)[:, :S]
+def keep_with(
+    ids: Int[Array, "*B"], logits: Float[Array, "*B V"], top_k: ArrayLike, top_p: ArrayLike
+) -> Float[Array, "*B V"]:
+    """The same, and the ids count as kept: they were drawn, and a trainer whose logits are rounded otherwise, or have
+    moved on since, must not find them impossible."""
+    return jnp.where(jnp.arange(logits.shape[-1]) == ids[..., None], logits, keep(logits, top_k, top_p))
 
 
 def keep_top_k(logits: Float[Array, "*B V"], k: Int[Array, ""]) -> Float[Array, "*B V"]:

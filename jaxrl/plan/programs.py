@@ -155,7 +155,7 @@ def _training(c: Config, roles: Roles) -> list[Work]:
     ) -> Work:  # fmt: skip
         M, R, T = shape = micro_batches_of(c, programs.mesh, num, max_tokens)
         ways = num_row_shards(programs.mesh)
-        targets = T // (d.max_prompt_length + d.max_response_length) * d.max_response_length
+        targets = T // c.max_length * d.max_response_length
         chunks = -(-targets * (R // ways) // chunk_slots(ways, R // ways * T, platform))
         return Work(
             name, lambda: lower(shape), programs.config, kind, rows=R, columns=T, targets=targets, loops=(M, chunks),
@@ -222,6 +222,9 @@ def _export(c: Config, roles: Roles) -> Work:
     )  # fmt: skip
 
 
+BATCHES = ("gen", "val", "val_greedy", "turns")  # what the engine may be asked: see `batches_of`
+
+
 class Batch(NamedTuple):
     """Prompts that the engine is asked to answer in one call."""
 
@@ -234,7 +237,7 @@ class Batch(NamedTuple):
 
 
 def batches_of(c: Config) -> dict[str, Batch]:
-    """What the engine is asked in training (`gen`), in validation (`val`) and in later turns (`turns`).
+    """What the engine is asked in training (`gen`), in validation (`val`, `val_greedy`) and in later turns (`turns`).
 
     How many prompts there are to validate nobody knows: as many as decode together.
     """
@@ -243,8 +246,9 @@ def batches_of(c: Config) -> dict[str, Batch]:
         "gen": Batch(d.train_batch_size, d.max_prompt_length, sampling_of(c.rollout, max_tokens=most, stop_ids=()))
     }
     if d.val_files is not None:
-        sampling = sampling_of(c.rollout.val_kwargs, max_tokens=most, stop_ids=())
-        batches["val"] = Batch(None, d.max_prompt_length, sampling)
+        for name, greedy in c.validations.items():
+            sampling = sampling_of(c.rollout.val_kwargs, max_tokens=most, stop_ids=(), greedy=greedy)
+            batches[name] = Batch(None, d.max_prompt_length, sampling)
     if c.rollout.multi_turn.function is not None:  # every response is a prompt of its own there
         counts = [b.num_prompts * b.sampling.n for b in batches.values() if b.num_prompts is not None]
         count = max(counts) if len(counts) == len(batches) else None

@@ -23,7 +23,7 @@ from ..topology import Hardware, Topology
 from .costs import cost
 from .hlo import Facts, facts
 from .memory import VLLM, compiled_or_refused, lying, memory_of, memory_of_refused, with_vllm
-from .programs import Run, Work, programs_of, roles_of
+from .programs import BATCHES, Run, Work, programs_of, roles_of
 from .sources import described_model
 
 
@@ -258,7 +258,7 @@ def advice(plan: Plan, worst: Program) -> str:
             "mesh.fsdp or mesh.tensor, let them wait in host memory (actor.offload and critic.offload, [optimizer] or "
             "[optimizer, params]), or train adapters (model.lora_rank)"
         )
-    if worst.name.startswith("gen"):
+    if worst.name.partition("/")[0] in BATCHES:
         return "Lower rollout.max_num_seqs, or raise mesh.tensor"
     role = "critic" if "critic" in worst.name or worst.name == "values" else "actor"
     return f"Raise mesh.fsdp or mesh.tensor, lower {role}.ppo_max_token_len_per_gpu, or remat more (model.remat)"

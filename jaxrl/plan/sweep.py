@@ -16,7 +16,7 @@ from ..parallel import make_mesh
 from ..reward_model import reward_model_of
 from ..topology import Topology
 from .check import least_memory
-from .programs import programs_of, roles_of
+from .programs import BATCHES, programs_of, roles_of
 from .report import Plan, make_plan
 from .sources import described_model
 
@@ -25,7 +25,7 @@ REMATS = ("none", "dots", "full")
 OFFLOADS = ((), ("optimizer",), ("optimizer", "params"))
 UPDATES = ("update_critic", "update_actor")
 # With the updates, those whose peak decides. `keep` holds half a cache more than `decode`, which says the time.
-OTHERS = tuple(f"{batch}/{program}" for batch in ("gen", "val", "turns") for program in ("begin", "keep", "decode"))
+OTHERS = tuple(f"{batch}/{program}" for batch in BATCHES for program in ("begin", "keep", "decode"))
 OTHERS += ("reward_model", "update_weights")
 
 

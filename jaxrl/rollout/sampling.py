@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..models.truncation import keep_top_k, keep_top_p
+from ..models.truncation import keep
 from .engine import Sampling
 
 BLOCK = 256  # words of a block of the vocabulary
@@ -45,9 +45,7 @@ def sample(
 
 
 def _draw(logits, uniform, rule: Rule):
-    logits = logits / rule.temperature
-    logits = jax.lax.cond(rule.top_k > 0, keep_top_k, lambda x, _: x, logits, rule.top_k)
-    logits = jax.lax.cond(rule.top_p < 1, keep_top_p, lambda x, _: x, logits, rule.top_p)
+    logits = keep(logits / rule.temperature, rule.top_k, rule.top_p)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     ids = inverse_cdf(jnp.exp(logits - normaliser[:, None]), uniform)
     return ids, jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0] - normaliser

@@ -145,7 +145,7 @@ def copy_companions(source: Path, target: Path) -> None:
 def refuse_existing(folder: Path) -> None:
     """An error where something is in the way; an empty folder is not."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already: name another folder or ask for overwrite=True")
+        raise ValueError(f"{folder} exists already: name another folder (or from Python overwrite=True)")
 
 
 @contextmanager
@@ -158,9 +158,12 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     folder = Path(folder)
     if not overwrite:
         refuse_existing(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    partial, lock = _locked_partial(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        partial, lock = _locked_partial(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error}): name a folder that you may write") from error
     try:
         yield partial
         if overwrite and folder.exists():

@@ -64,8 +64,8 @@ def kind_of(path: Path) -> str:
     if start and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):  # a map that is not empty
         return "msgpack"
     raise ValueError(
-        f"{path} cannot be read (it begins like no kind of weights that is known here): it is damaged or cut short, "
-        "fetch it again"
+        f"{path} cannot be read (it begins like no kind of weights that is known here): name a file of weights, or, where "
+        "it is one, fetch it again, as it is damaged or cut short"
     )
 
 
