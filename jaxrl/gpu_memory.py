@@ -56,7 +56,14 @@ def jax_environment(c: Config) -> dict[str, str]:
 
 
 def prepare_environment(c: Config) -> None:
-    """Set it, unless the user has settled how JAX takes memory."""
+    """Set it, unless the user has settled how JAX takes memory.
+
+    Raises ValueError where weights would be broadcast from a GPU to itself.
+    """
+    if c.rollout.engine == "vllm" and c.rollout.vllm.transport == "nccl" and shares_gpus(c.rollout.vllm):
+        raise ValueError(
+            f"rollout.vllm.transport nccl wants vLLM on {OWN_DEVICES}: give it some, or set transport to auto"
+        )
     if not SETTLED & os.environ.keys():
         os.environ.update(jax_environment(c))
 

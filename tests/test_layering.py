@@ -24,7 +24,7 @@ FLOORS = [
     {"models", "parallel", "topology", "distributed", "sources", "data", "gpu_memory"},
     {"weights", "rollout", "optimizer", "compression", "checkpoint", "metrics", "loggers"},
     {"update", "prepare", "weights.sync"},
-    {"rollout.vllm_engine", "rollout.vllm_publication"},
+    {"rollout.vllm_engine", "rollout.vllm_publication", "rollout.vllm_broadcast"},
     {"roles", "reward_model", "collector", "ahead", "doctor", "learner"},
     {"plan"},
     {"trainer"},

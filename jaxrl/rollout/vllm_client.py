@@ -6,6 +6,7 @@ A server that does not answer, answers late or answers nonsense raises `ServerLo
 
 from __future__ import annotations
 
+import base64
 import posixpath
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -110,6 +111,21 @@ class Client:
         what = f"version {manifest.version} of the weights"
         answer = await self._rpc("jaxrl_load", path, manifest.to_json(), what=what, timeout_s=timeout_s)
         return _accepted(answer)
+
+    async def nccl(self, manifest: Manifest, *, timeout_s: float) -> dict[str, Any]:
+        """Whether a version that will come by NCCL fits; version of NCCL and number of workers on the server."""
+        what = f"a look at version {manifest.version} of the weights"
+        return _accepted(await self._rpc("jaxrl_nccl", manifest.to_json(), what=what, timeout_s=timeout_s))
+
+    async def join(self, unique_id: bytes, num_ranks: int, *, timeout_s: float) -> None:
+        """Returns when all ranks have joined, of which the first is ours."""
+        encoded, what = base64.b64encode(unique_id).decode(), "its part in a group of NCCL"
+        _accepted(await self._rpc("jaxrl_join", encoded, num_ranks, what=what, timeout_s=timeout_s))
+
+    async def receive(self, manifest: Manifest, *, timeout_s: float) -> dict[str, Any]:
+        """As `load`, of what is broadcast meanwhile."""
+        what = f"version {manifest.version} of the weights"
+        return _accepted(await self._rpc("jaxrl_receive", manifest.to_json(), what=what, timeout_s=timeout_s))
 
     async def load_adapter(self, path: str, manifest: Manifest, *, timeout_s: float) -> None:
         """Put an adapter, a file in a folder of its own with a config beside it, in the place of the old one."""

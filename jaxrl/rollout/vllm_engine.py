@@ -13,7 +13,8 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +37,8 @@ from ..weights.pretrained import Pretrained
 from ..weights.source import Options
 from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
 from .engine import Report, Sampling, check_prompt
-from .vllm_adapter import ServerSpec
+from .vllm_adapter import NCCL_ARGS, ServerSpec
+from .vllm_broadcast import Broadcast, Devices
 from .vllm_client import ServerLost
 from .vllm_pool import DEAD, STARTING, Job, Pool, Server
 from .vllm_process import ServerProcess
@@ -64,11 +66,19 @@ class VllmEngine:
         self.run = secrets.token_hex(6)
         self.version = -1
         self._link = Link() if link is None else link
-        self._publication: Publication | None = None
+        self._publication: Publication | Broadcast | None = None
         self._folders: dict[str, Path] = {}  # in which it lies, by transport
         self._uploads: list[Server] = []  # to whom it is sent
         self._forgetting: threading.Thread | None = None
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
+        self._devices: Devices | None = None  # that broadcast
+        if settings.transport == "nccl":
+            if self._link.num_processes > 1:
+                raise ValueError(
+                    "rollout.vllm.transport nccl sends from the devices of one process, and the run has "
+                    f"{self._link.num_processes}: set it to auto"
+                )
+            self._devices = Devices(mesh, timeout_s=settings.load_timeout_s)
         num = min(PROBE_TOKENS, max_model_len - 1)
         self.probe_ids = np.random.default_rng(0).integers(0, config.vocab_size, num).tolist()
         if not self._link.is_first:
@@ -91,7 +101,8 @@ class VllmEngine:
             spec = ServerSpec(
                 model=model, host="127.0.0.1", port=0, folder=str((self.folder / f"server_{i}").resolve()),
                 dtype=v.dtype, max_model_len=self.max_model_len, max_num_seqs=max_num_seqs,
-                gpu_memory_utilization=v.gpu_memory_utilization, args=dict(v.args), env={**v.env, **visible},
+                gpu_memory_utilization=v.gpu_memory_utilization, env={**v.env, **visible},
+                args=(NCCL_ARGS if v.transport == "nccl" else {}) | v.args,
                 lora_rank=self.config.lora_rank if v.publish == "adapter" else 0, sleeps=self.sleeps,
             )  # fmt: skip
             assert v.python is not None
@@ -132,11 +143,20 @@ class VllmEngine:
         where no server is left.
         """
         info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
+        probe_logprobs = self._probe(variables)
+        if self._devices is not None:
+            broadcast = Broadcast(
+                self.run, version, variables, self.config, info["dtype"],
+                probe_ids=self.probe_ids, probe_logprobs=probe_logprobs, devices=self._devices,
+            )  # fmt: skip
+            with self._arrays_stay():
+                self._call(self.pool.install(broadcast))
+            self._publication, self.version = broadcast, version
+            return
         if self.settings.publish == "adapter":
             export = adapter_export(self.run, version, variables, self.config)
         else:
             export = model_export(self.run, version, variables, self.config, info["dtype"])
-        probe_logprobs = self._probe(variables)
         # What is refused is, before the hosts gather.
         self._link.first("how the weights travel", lambda: self._choose_ways(export.manifest.nbytes))
         if not self._link.is_first:
@@ -150,7 +170,8 @@ class VllmEngine:
         limits = sampling.max_tokens_each or (sampling.max_tokens,) * len(prompts)
         for prompt, limit in zip(prompts, limits, strict=True):
             check_prompt(prompt, limit, context=self.max_model_len, vocab_size=self.config.vocab_size)
-        drawn = self._link.first("responses", lambda: self._generate(prompts, sampling, limits, seed, report))
+        with self._arrays_stay():
+            drawn = self._link.first("responses", lambda: self._generate(prompts, sampling, limits, seed, report))
         return [
             Rollout(group, np.asarray(ids, np.int32), np.asarray(logprobs, np.float32), finished, version)
             for group, ids, logprobs, finished, version in drawn
@@ -177,6 +198,15 @@ class VllmEngine:
 
     # What they are made of.
 
+    @contextmanager
+    def _arrays_stay(self) -> Iterator[None]:
+        """After this the arrays of a broadcast may change: until they are lent again nobody is sent them."""
+        try:
+            yield
+        finally:
+            if self._devices is not None:
+                self._call(self.pool.hold())
+
     def _choose_ways(self, num_bytes: int) -> None:
         """In which folders the next version is written, and to whom it is uploaded from there."""
         transports = self._call(self._transports())
@@ -190,6 +220,7 @@ class VllmEngine:
 
     def _publish(self, export: Export, probe_logprobs: list[float]) -> None:
         before = self._publication
+        assert not isinstance(before, Broadcast)
         if self._forgetting is not None:
             self._forgetting.join()
         adapter_of = self.source.base if self.settings.publish == "adapter" else None
@@ -254,6 +285,7 @@ class VllmEngine:
 
     def _generate(self, prompts, sampling: Sampling, limits: Sequence[int], seed: int, report) -> list[tuple]:
         """Group, tokens, logprobs, finished, version of every response, in order."""
+        self._call(self.pool.lend())
         jobs = []
         most = min(sampling.n, self.pool.max_num_seqs)
         for p, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):

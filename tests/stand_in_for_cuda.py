@@ -1,0 +1,45 @@
+"""A sitecustomize for a vLLM on a CPU that is to take part in a group of NCCL: it replaces what torch wants a GPU for.
+
+vLLM's own code for weights by NCCL runs as it is, on tensors of the CPU, with tests/stand_in_nccl.c as libnccl.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+PYNCCL = "vllm.distributed.device_communicators.pynccl"
+
+
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Waits for pynccl, so that a process that never needs torch does not import it."""
+
+    def find_spec(self, name, path, target=None):
+        if name != PYNCCL:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            put_in_place(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def put_in_place(pynccl):
+    import torch
+
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    torch.cuda.current_stream = pynccl.current_stream = lambda *_: stream
+    torch.accelerator.current_device_index = lambda: 0
+    torch.accelerator.device_index = lambda _: contextlib.nullcontext()
+    torch.accelerator.synchronize = lambda *_: None
+    communicator, init = pynccl.PyNcclCommunicator, pynccl.PyNcclCommunicator._init_comm
+    communicator._init_comm = lambda self, device: init(self, torch.device("cpu"))
+
+
+sys.meta_path.insert(0, AfterImport())
