@@ -34,12 +34,16 @@ def put_in_place(pynccl):
     import torch
 
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
-    torch.cuda.current_stream = pynccl.current_stream = lambda *_: stream
+    init = pynccl.PyNcclCommunicator._init_comm
+
+    def init_on_cpu(communicator, _):
+        # Not before: vLLM's worker for CPUs has put a stream of its own there.
+        torch.cuda.current_stream = pynccl.current_stream = lambda: stream
+        init(communicator, torch.device("cpu"))
+
+    pynccl.PyNcclCommunicator._init_comm = init_on_cpu
     torch.accelerator.current_device_index = lambda: 0
     torch.accelerator.device_index = lambda _: contextlib.nullcontext()
-    torch.accelerator.synchronize = lambda *_: None
-    communicator, init = pynccl.PyNcclCommunicator, pynccl.PyNcclCommunicator._init_comm
-    communicator._init_comm = lambda self, device: init(self, torch.device("cpu"))
 
 
 sys.meta_path.insert(0, AfterImport())

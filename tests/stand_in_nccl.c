@@ -5,8 +5,8 @@
  * call before the one ahead of it has settled is refused. The other ranks block, as those of vLLM do. A rank that is gone
  * shows as an asynchronous error, and leaves the stream busy until the communicator is aborted.
  *
- * STAND_IN_FAULT "die 3 FILE" or "stall 3 FILE": a rank other than 0 does so at its third broadcast (0: as it joins), if
- * it can remove FILE. STAND_IN_VERSION: what ncclGetVersion says.
+ * STAND_IN_FAULT "die 3 FILE" or "stall 3 FILE": a rank other than 0 removes FILE and does so at the third broadcast for
+ * which it is there (0: as it joins). STAND_IN_VERSION: what ncclGetVersion says.
  */
 
 #define _GNU_SOURCE
@@ -40,13 +40,14 @@ typedef struct {
 } Comm;
 
 static const size_t SIZES[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1};
-static int num_broadcasts;
-
-static void maybe_fail(int at) {
+static void maybe_fail(int joins) {
+  static int seen;
   char what[16], file[4096];
   int when;
   const char *fault = getenv("STAND_IN_FAULT");
-  if (!fault || sscanf(fault, "%15s %d %4095s", what, &when, file) != 3 || when != at || unlink(file)) return;
+  if (!fault || sscanf(fault, "%15s %d %4095s", what, &when, file) != 3 || access(file, F_OK)) return;
+  if (joins ? when : ++seen != when) return;
+  unlink(file);
   if (!strcmp(what, "die")) _exit(9);
   for (;;) pause();
 }
@@ -162,7 +163,7 @@ int ncclCommInitRank(Comm **comm, int num, Id id, int rank) {
   struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
   int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), port;
   char go;
-  maybe_fail(0);
+  maybe_fail(1);
   sscanf(id.internal + 1, "%*d %d", &port);
   at.sin_port = htons(port);
   if (rank == 0 || connect(fd, (void *)&at, sizeof at) || move(fd, (char *)&rank, sizeof rank, 1)) return SYSTEM_ERROR;
@@ -183,7 +184,7 @@ int ncclAllReduce(void *in, void *out, size_t count, int dtype, int op, Comm *c,
 int ncclBroadcast(void *in, void *out, size_t count, int dtype, int root, Comm *c, Stream *stream) {
   if (root) return INVALID_ARGUMENT;
   if (c->rank == 0) return begin(c, BROADCAST, in, count * SIZES[dtype], stream);
-  maybe_fail(++num_broadcasts);
+  maybe_fail(0);
   return move(c->peers[0], out, count * SIZES[dtype], 0);
 }
 
@@ -208,7 +209,7 @@ static __thread void *current;
 
 int cuInit(unsigned flags) { return flags; }
 int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? 101 : 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &num_broadcasts, device; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &current, device; }
 int cuCtxSetCurrent(void *context) { return current = context, 0; }
 int cuStreamCreate(Stream **stream, unsigned flags) {
   return *stream = calloc(1, sizeof **stream), current && flags == 1 ? 0 : 201;

@@ -97,7 +97,7 @@ class Group:
                 raise ServerLost(str(error)) from None
             raise
         finally:
-            done.cancel()  # nobody asks for it any more
+            _ = done.cancel() or done.exception()  # nobody asks for it any more
 
     async def end(self) -> None:
         await asyncio.wait({_beside(self.communicator.abort)}, timeout=ABORT_S)
@@ -115,10 +115,9 @@ class Broadcast:
         self.probe_ids, self.probe_logprobs = probe_ids, probe_logprobs
         self.num_bytes = 0
         self._variables, self._config, self._dtype, self._devices = variables, config, dtype_named(dtype), devices
+        looked_at = jax.device_get([(name, x.shape, _looked_at(x)) for name, x in self._tensors()])
         tensors = []
-        for name, shape, (checksum, is_finite) in jax.device_get(
-            [(n, x.shape, _looked_at(x)) for n, x in self._tensors()]
-        ):
+        for name, shape, (checksum, is_finite) in looked_at:
             if not is_finite:
                 raise not_finite(version, name)
             tensors.append(Tensor(name, shape, SPELLINGS[dtype], int(checksum)))

@@ -149,8 +149,10 @@ class VllmEngine:
                 self.run, version, variables, self.config, info["dtype"],
                 probe_ids=self.probe_ids, probe_logprobs=probe_logprobs, devices=self._devices,
             )  # fmt: skip
-            with self._arrays_stay():
+            try:
                 self._call(self.pool.install(broadcast))
+            finally:
+                self._call(self.pool.hold())
             self._publication, self.version = broadcast, version
             return
         if self.settings.publish == "adapter":
@@ -170,7 +172,7 @@ class VllmEngine:
         limits = sampling.max_tokens_each or (sampling.max_tokens,) * len(prompts)
         for prompt, limit in zip(prompts, limits, strict=True):
             check_prompt(prompt, limit, context=self.max_model_len, vocab_size=self.config.vocab_size)
-        with self._arrays_stay():
+        with self._arrays_lent():
             drawn = self._link.first("responses", lambda: self._generate(prompts, sampling, limits, seed, report))
         return [
             Rollout(group, np.asarray(ids, np.int32), np.asarray(logprobs, np.float32), finished, version)
@@ -199,13 +201,16 @@ class VllmEngine:
     # What they are made of.
 
     @contextmanager
-    def _arrays_stay(self) -> Iterator[None]:
-        """After this the arrays of a broadcast may change: until they are lent again nobody is sent them."""
+    def _arrays_lent(self) -> Iterator[None]:
+        """Within, what is broadcast stays as it is, and a server that starts is sent it; after this it may change."""
+        if self._devices is None:
+            yield
+            return
+        self._call(self.pool.lend())
         try:
             yield
         finally:
-            if self._devices is not None:
-                self._call(self.pool.hold())
+            self._call(self.pool.hold())
 
     def _choose_ways(self, num_bytes: int) -> None:
         """In which folders the next version is written, and to whom it is uploaded from there."""
@@ -285,7 +290,6 @@ class VllmEngine:
 
     def _generate(self, prompts, sampling: Sampling, limits: Sequence[int], seed: int, report) -> list[tuple]:
         """Group, tokens, logprobs, finished, version of every response, in order."""
-        self._call(self.pool.lend())
         jobs = []
         most = min(sampling.n, self.pool.max_num_seqs)
         for p, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
