@@ -1,11 +1,13 @@
-"""A sitecustomize for a vLLM on a CPU that is to take part in a group of NCCL: it replaces what torch wants a GPU for.
+"""A sitecustomize for a vLLM on a CPU that is to get weights by NCCL or CUDA IPC: it replaces what torch wants a GPU for.
 
-vLLM's own code for weights by NCCL runs as it is, on tensors of the CPU, with tests/stand_in_nccl.c as libnccl.
+vLLM's own code for weights by NCCL runs as it is, on tensors of the CPU, with tests/stand_in_nccl.c as libnccl and libcuda.
 """
 
 import contextlib
+import ctypes
 import importlib.abc
 import importlib.util
+import os
 import sys
 from types import SimpleNamespace
 
@@ -47,3 +49,4 @@ def put_in_place(pynccl):
 
 
 sys.meta_path.insert(0, AfterImport())
+ctypes.CDLL(os.environ["VLLM_NCCL_SO_PATH"])  # whoever asks for libcuda.so.1 is given this one

@@ -27,16 +27,17 @@ import jaxrl
 from jaxrl.batch import Prompt
 from jaxrl.config import Model, VllmSection, from_dict
 from jaxrl.gpu_memory import prepare_environment
+from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import head_table, hidden_states
 from jaxrl.parallel import make_mesh
 from jaxrl.roles import abstract_variables, load_base, model_config
-from jaxrl.rollout import nccl
+from jaxrl.rollout import cuda, nccl
 from jaxrl.rollout.engine import EngineLost, Sampling
 from jaxrl.rollout.protocol import LAYOUT_FILE, Refused
 from jaxrl.rollout.vllm_broadcast import _looked_at
 from jaxrl.rollout.vllm_engine import VllmEngine
 from jaxrl.weights.export import device_tensors, hf_tensors
-from jaxrl.weights.pretrained import open_pretrained
+from jaxrl.weights.pretrained import Pretrained, open_pretrained
 from jaxrl.weights.safetensors_writer import dtype_named
 
 HERE = Path(__file__).parent
@@ -53,9 +54,9 @@ def stand_in(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_NCCL_SO_PATH", str(path))
         ctypes.CDLL(str(path))  # whoever asks for libcuda.so.1 is given this one from now on
-        nccl.nccl.cache_clear(), nccl.cuda.cache_clear()
+        nccl.nccl.cache_clear(), cuda.driver.cache_clear()
         yield path
-    nccl.nccl.cache_clear(), nccl.cuda.cache_clear()
+    nccl.nccl.cache_clear(), cuda.driver.cache_clear()
 
 
 @pytest.fixture
@@ -63,13 +64,15 @@ def engine_of(stand_in, tmp_path):
     """Makes an engine; the stubs' logprobs are far from any model's, so the probe is let off."""
     engines = []
 
-    def make(mesh: tuple[int, int, int] = (1, 1, 1), lora_rank: int = 0, **settings) -> VllmEngine:
+    def make(
+        mesh: tuple[int, int, int] = (1, 1, 1), lora_rank: int = 0, transport: str = "nccl", **settings
+    ) -> VllmEngine:
         source = open_pretrained(str(MODEL))
         config = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
         config = dataclasses.replace(config, lora_rank=lora_rank, lora_targets=("q_proj",) if lora_rank else ())
         times = {"start_timeout_s": 20.0, "load_timeout_s": 3.0, "stall_timeout_s": 4.0, "probe_tolerance": 1e3}
         engine = VllmEngine(
-            config, make_mesh(*mesh), VllmSection(transport="nccl", **(times | settings)), source=source,
+            config, make_mesh(*mesh), VllmSection(transport=transport, **(times | settings)), source=source,
             folder=tmp_path / f"run{len(engines)}", max_model_len=64, max_num_seqs=4,
         )  # fmt: skip
         engines.append(engine)
@@ -152,9 +155,11 @@ def test_the_checksum_sees_each_bit_and_its_place_on_every_mesh():
         assert not _looked_at(jnp.asarray(x).at[3, 5].set(wrong))[1] and _looked_at(split)[1]
 
 
-def test_versions_come_whole_from_a_mesh_with_adapters_merged(engine_of, stub):
+@pytest.mark.parametrize("transport", ["nccl", "ipc"])
+def test_versions_come_whole_from_a_mesh_with_adapters_merged(engine_of, stub, monkeypatch, transport):
+    monkeypatch.setattr("jaxrl.rollout.vllm_broadcast.PORTION", 10_000)  # less than a tensor, and more than some
     stub.dtype = "bfloat16"
-    engine = engine_of(mesh=(1, 2, 2), lora_rank=2, urls=(stub.url,))
+    engine = engine_of(mesh=(1, 2, 2), lora_rank=2, transport=transport, urls=(stub.url,))
     for version in (1, 2):
         variables = weights(engine, version)
         engine.update_weights(variables, version)
@@ -162,6 +167,8 @@ def test_versions_come_whole_from_a_mesh_with_adapters_merged(engine_of, stub):
         assert versions(engine) == {version}
         assert engine.weights_gb == engine._publication.manifest.nbytes / 2**30
     assert stub.loaded == ["1", "2"] and engine.pool.restarts == 0
+    num_portions = -(-engine._publication.manifest.nbytes // 10_000)
+    assert stub.num_portions == (2 * num_portions if transport == "ipc" else 0)
 
 
 def test_unchanged_weights_are_not_sent_again(engine_of, stub):
@@ -193,10 +200,10 @@ def test_where_one_server_refuses_a_version_those_that_took_it_wait_for_the_next
         both_serve(engine)
         for x in jax.tree.leaves(variables):
             x.delete()  # as the donation of an update does
-        second.answers["jaxrl_nccl"] = lambda _: (200, {"results": [{"refused": "of another model"}]})
+        second.answers["jaxrl_fits"] = lambda _: (200, {"results": [{"refused": "of another model"}]})
         with pytest.raises(Refused, match="of another model"):
             engine.update_weights(weights(engine, 2), 2)
-        del second.answers["jaxrl_nccl"]
+        del second.answers["jaxrl_fits"]
         engine.update_weights(weights(engine, 3), 3)
         assert versions(engine) == {3} and {stub.loaded[-1] for stub in (first, second)} == {"3"}
 
@@ -224,6 +231,26 @@ def test_a_server_that_fails_in_the_middle_is_started_again_and_gets_the_version
     assert re.search(words, said), said
     engine.update_weights(weights(engine, 2), 2)
     assert versions(engine) == {2} and engine.pool.restarts == 1
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("stall", r"3 s \(rollout.vllm.load_timeout_s\) for it to take version 1|3 s for a portion of version 1"),
+    ("die", "the connection broke while it was asked for a portion of version 1"),
+])  # fmt: skip
+def test_a_server_that_fails_between_portions_is_started_again_and_gets_the_version(
+    engine_of, tmp_path, caplog, monkeypatch, fault, words
+):
+    monkeypatch.setattr("jaxrl.rollout.vllm_broadcast.PORTION", 10_000)
+    may_fail = tmp_path / "may_fail"
+    may_fail.write_text(fault)
+    engine = engine_of(transport="ipc", python=stub_python(tmp_path), env={"PORTION_FAULT": str(may_fail)})
+    with caplog.at_level(logging.WARNING, "jaxrl"):
+        engine.update_weights(weights(engine, 1), 1)
+    assert versions(engine) == {1} and engine.pool.restarts == 1
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert re.search(words, said), said
+    engine.close()
+    assert not list(Path("/tmp").glob(f"jaxrl-stand-in-{os.getpid()}-*"))  # each buffer was given back
 
 
 def test_a_server_that_is_started_again_is_sent_the_weights_while_it_is_asked_and_not_while_they_change(
@@ -270,10 +297,10 @@ def test_training_waits_for_a_server_that_is_being_sent_the_weights(engine_of, t
 def test_a_group_ends_with_its_server_and_with_the_engine(engine_of, tmp_path):
     engine = engine_of(python=stub_python(tmp_path))
     engine.update_weights(weights(engine, 1), 1)
-    first = engine.pool.servers[0].group.communicator
+    first = engine.pool.servers[0].channel.communicator
     lose(engine, 0)
     assert versions(engine) == {1}
-    second = engine.pool.servers[0].group.communicator
+    second = engine.pool.servers[0].channel.communicator
     assert first is not second
     with pytest.raises(nccl.NcclError, match="no longer waited for it"):
         first.wait("it")
@@ -333,8 +360,13 @@ def test_settings_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ValueError, match="nccl wants vLLM on GPUs of its own .rollout.vllm.devices"):
         prepare_environment(from_dict(settings(devices=["0"])))
+    with pytest.raises(ValueError, match="ipc wants vLLM on the trainer's GPU, and it has its own: set it to nccl"):
+        prepare_environment(from_dict(settings(devices=["1"], transport="ipc")))
+    with pytest.raises(ValueError, match="ipc is for servers that are started here, on the trainer's GPU"):
+        from_dict(settings(python=None, urls=["http://h:1"], transport="ipc"))
     monkeypatch.setattr(os, "environ", dict(os.environ))
     prepare_environment(from_dict(settings(devices=["1"])))
+    prepare_environment(from_dict(settings(devices=["0"], transport="ipc")))
 
 
 # A real vLLM.
@@ -353,11 +385,14 @@ def real(stand_in, vllm_python, served_models, tmp_path_factory) -> Iterator[Vll
     source = open_pretrained(served_models["tied"])
     config = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
     section = VllmSection(transport="nccl", python=vllm_python, env=env, load_timeout_s=60.0)
-    engine = VllmEngine(
+    with closing(opened(source, config, section, folder)) as engine:
+        yield engine
+
+
+def opened(source: Pretrained, config: ModelConfig, section: VllmSection, folder: Path) -> VllmEngine:
+    return VllmEngine(
         config, make_mesh(1, 2, 1), section, source=source, folder=folder, max_model_len=128, max_num_seqs=8
     )
-    with closing(engine):
-        yield engine
 
 
 def assert_answers_with(engine: VllmEngine, variables: dict, version: int) -> None:
@@ -396,6 +431,19 @@ def test_vllm_refuses_tensors_of_another_model_and_the_version_before_answers(re
     layout.write_text(own)
     assert_answers_with(real, trained(real, 4), 4)
     assert real.pool.restarts == 0
+
+
+def test_vllm_answers_with_each_version_that_came_by_ipc(real, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrl.rollout.vllm_broadcast.PORTION", 10_000)
+    real._call(real.pool._until(lambda: all_serve(real)))
+    (server,) = real.pool.servers
+    monkeypatch.setenv("VLLM_API_KEY", server.key)
+    section = VllmSection(transport="ipc", urls=(server.process.url,))
+    with closing(opened(real.source, real.config, section, tmp_path)) as engine:
+        for version in (1, 2):
+            engine.update_weights(trained(real, version + 10), version)
+            assert_answers_with(engine, trained(real, version + 10), version)
+        assert engine.pool.loads == 2 and engine.pool.restarts == 0
 
 
 def test_a_vllm_that_dies_in_the_middle_comes_back_with_the_version(real):

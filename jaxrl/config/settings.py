@@ -66,8 +66,8 @@ class VllmSection:
     dtype: str = "auto"  # of the weights in vLLM: float32 on a CPU, else bfloat16
     # Of each GPU. None: what training leaves of GPUs that it shares with vLLM, else vLLM's own default.
     gpu_memory_utilization: float | None = None
-    # How weights travel: shm (same host), file (a shared disk), http, nccl (from GPU to GPU, for servers on GPUs of their
-    # own; it has never run on a GPU, only against stand-ins). auto: shm, else http.
+    # How weights travel: shm (same host), file (a shared disk), http, or from the trainer's GPU: nccl (to GPUs of
+    # vLLM's own), ipc (to the same one); both have run on no GPU, only against stand-ins. auto: shm, else http.
     transport: str = "auto"
     file_dir: str | None = None  # of transport file
     publish: str = "merged"  # with adapters: merged into the model, or adapter: alone, to a vLLM that holds the base

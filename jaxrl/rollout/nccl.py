@@ -1,10 +1,10 @@
 """NCCL without torch: this process as rank 0 of a group whose other ranks are the workers of one vLLM server.
 
-Through ctypes, after nccl.h and cuda.h. The communicator is a non-blocking one (nccl.h: `blocking = 0`): no call waits,
+Through ctypes, after nccl.h. The communicator is a non-blocking one (nccl.h: `blocking = 0`): no call waits,
 so that each wait is a loop of ours, which has a time limit and can be ended from another thread. JAX shares nothing with
 it but addresses: an array is ready before its address is given here, and lives until `wait` has returned.
 
-Seen to run against a stand-in for both libraries alone (tests/stand_in_nccl.c), on no GPU.
+Seen to run against a stand-in alone (tests/stand_in_nccl.c), on no GPU.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .cuda import Context, Stream, typed
+
 POLL_S = 0.0002
 ID_BYTES = 128
 SUCCESS, IN_PROGRESS = 0, 7  # ncclResult_t
-NOT_READY = 600  # CUresult: CUDA_ERROR_NOT_READY
 SUM, FLOAT32 = 0, 7  # ncclRedOp_t, ncclDataType_t
 DTYPES = {"F16": 6, "F32": FLOAT32, "BF16": 9}  # as safetensors spells them
 ROOT = 0
@@ -46,7 +47,7 @@ class _Config(ctypes.Structure):
 
 
 _PTR, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
-NCCL = {
+FUNCTIONS = {
     "ncclGetVersion": [_PTR],
     "ncclGetUniqueId": [_PTR],
     "ncclCommInitRankConfig": [_PTR, _INT, _UniqueId, _INT, _PTR],
@@ -55,34 +56,21 @@ NCCL = {
     "ncclAllReduce": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],
     "ncclBroadcast": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],
 }
-CUDA = {
-    "cuInit": [ctypes.c_uint],
-    "cuDeviceGet": [_PTR, _INT],
-    "cuDevicePrimaryCtxRetain": [_PTR, _INT],
-    "cuCtxSetCurrent": [_PTR],
-    "cuStreamCreate": [_PTR, ctypes.c_uint],
-    "cuStreamQuery": [_PTR],
-    "cuStreamDestroy_v2": [_PTR],
-}
-NON_BLOCKING_STREAM = 1  # CU_STREAM_NON_BLOCKING: it waits for no other stream
 
 
 @cache
 def nccl() -> Any:
     """libnccl: VLLM_NCCL_SO_PATH (which vLLM reads too), that of the wheel that jax[cuda] installs, or the system's."""
-    library = _library(
-        _nccl_path(), "NCCL: install the wheel nvidia-nccl-cu12 or -cu13, or name it in VLLM_NCCL_SO_PATH"
-    )
+    try:
+        library = typed(ctypes.CDLL(_nccl_path()), FUNCTIONS)
+    except OSError as error:
+        raise ValueError(
+            "rollout.vllm.transport nccl needs NCCL: install the wheel nvidia-nccl-cu12 or -cu13, or name it in "
+            f"VLLM_NCCL_SO_PATH ({error})"
+        ) from None
     library.ncclGetErrorString.restype = ctypes.c_char_p
     library.ncclGetErrorString.argtypes = [_INT]
-    return _typed(library, NCCL)
-
-
-@cache
-def cuda() -> Any:
-    return _typed(
-        _library("libcuda.so.1", "CUDA's driver: without an NVIDIA GPU set rollout.vllm.transport to auto"), CUDA
-    )
+    return library
 
 
 def _nccl_path() -> str:
@@ -92,20 +80,6 @@ def _nccl_path() -> str:
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     paths = [Path(folder) / "lib" / "libnccl.so.2" for folder in folders]
     return next((str(path) for path in paths if path.exists()), "libnccl.so.2")
-
-
-def _library(path: str, what: str) -> Any:
-    try:
-        return ctypes.CDLL(path)
-    except OSError as error:
-        raise ValueError(f"rollout.vllm.transport nccl needs {what} ({error})") from None
-
-
-def _typed(library: Any, functions: dict[str, list[Any]]) -> Any:
-    for name, arguments in functions.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, _INT
-    return library
 
 
 def version() -> int:
@@ -120,11 +94,6 @@ def _done(result: int, what: str) -> None:
         raise NcclError(f"NCCL failed at {what}: {nccl().ncclGetErrorString(result).decode()}")
 
 
-def _cuda_done(result: int, what: str) -> None:
-    if result != 0:
-        raise NcclError(f"CUDA failed at {what} (CUresult {result})")
-
-
 class Communicator:
     """One group: `join` it, then any number of `broadcast` and `wait`, each stretch of them in one thread after `begin`.
 
@@ -135,14 +104,13 @@ class Communicator:
     def __init__(self, device: int, num_ranks: int):
         """`device` is CUDA's number of it."""
         self._num_ranks = num_ranks
-        self._id, self._comm, self._stream, self._context = _UniqueId(), _PTR(), _PTR(), _PTR()
+        self._context = Context(device)
+        self._context.enter()
+        self._stream = Stream()
+        self._id, self._comm = _UniqueId(), _PTR()
         self._lock = threading.Lock()  # between `abort`, which frees the communicator, and all that uses it
         self._is_aborted = False
         self._timeout_s, self._deadline = 0.0, 0.0
-        handle, what = _INT(), f"device {device}"
-        _cuda_done(cuda().cuInit(0), what)
-        _cuda_done(cuda().cuDeviceGet(ctypes.byref(handle), device), what)
-        _cuda_done(cuda().cuDevicePrimaryCtxRetain(ctypes.byref(self._context), handle), what)  # the one that JAX uses
         _done(nccl().ncclGetUniqueId(ctypes.byref(self._id)), "an id for a group")
 
     @property
@@ -153,7 +121,7 @@ class Communicator:
     def begin(self, timeout_s: float) -> None:
         """What follows is done in this thread, and within this time."""
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
-        _cuda_done(cuda().cuCtxSetCurrent(self._context), "its device")  # NCCL takes that of the current context
+        self._context.enter()  # whose device NCCL takes
 
     def join(self, zero: int) -> None:
         """Until all ranks are there. At the address `zero` the device has a float32 that is overwritten.
@@ -163,12 +131,11 @@ class Communicator:
         what = "the workers of the server to join a group of NCCL"
         config = ctypes.byref(_Config(ctypes.sizeof(_Config), 0xCAFEBEEF, 21400, 0))
         with self._using(what):
-            _cuda_done(cuda().cuStreamCreate(ctypes.byref(self._stream), NON_BLOCKING_STREAM), "a stream")
             comm = ctypes.byref(self._comm)
             _done(nccl().ncclCommInitRankConfig(comm, self._num_ranks, self._id, ROOT, config), what)
         self._until(self._is_settled, what)
         with self._using(what):
-            _done(nccl().ncclAllReduce(zero, zero, 1, FLOAT32, SUM, self._comm, self._stream), what)
+            _done(nccl().ncclAllReduce(zero, zero, 1, FLOAT32, SUM, self._comm, self._stream.handle), what)
         self._until(self._is_settled, what)
         self.wait(what)
 
@@ -176,7 +143,7 @@ class Communicator:
         """Begin to send the `count` numbers that lie at an address on the device."""
         with self._using(what):
             code = DTYPES[dtype]
-            _done(nccl().ncclBroadcast(address, address, count, code, ROOT, self._comm, self._stream), what)
+            _done(nccl().ncclBroadcast(address, address, count, code, ROOT, self._comm, self._stream.handle), what)
         self._until(self._is_settled, what)
 
     def wait(self, what: str) -> None:
@@ -185,14 +152,13 @@ class Communicator:
 
     def abort(self) -> None:
         with self._lock:
+            if self._is_aborted:
+                return
             self._is_aborted = True
-            comm, self._comm = self._comm, _PTR()
-            if comm:
-                nccl().ncclCommAbort(comm)
-            stream, self._stream = self._stream, _PTR()
-            if stream:
-                cuda().cuCtxSetCurrent(self._context)
-                cuda().cuStreamDestroy_v2(stream)
+            if self._comm:
+                nccl().ncclCommAbort(self._comm)
+            self._context.enter()
+            self._stream.destroy()
 
     @contextmanager
     def _using(self, what: str) -> Iterator[None]:
@@ -210,10 +176,7 @@ class Communicator:
 
     def _is_idle(self, what: str) -> bool:
         self._is_settled(what)  # raises where another rank is gone
-        result = cuda().cuStreamQuery(self._stream)
-        if result != NOT_READY:
-            _cuda_done(result, what)
-        return result != NOT_READY
+        return self._stream.is_idle()
 
     def _until(self, is_done: Callable[[str], bool], what: str) -> None:
         while True:

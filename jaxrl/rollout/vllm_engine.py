@@ -38,7 +38,7 @@ from ..weights.source import Options
 from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
 from .engine import Report, Sampling, check_prompt
 from .vllm_adapter import NCCL_ARGS, ServerSpec
-from .vllm_broadcast import Broadcast, Devices
+from .vllm_broadcast import BROADCASTS, Broadcast, Devices
 from .vllm_client import ServerLost
 from .vllm_pool import DEAD, STARTING, Job, Pool, Server
 from .vllm_process import ServerProcess
@@ -72,13 +72,13 @@ class VllmEngine:
         self._forgetting: threading.Thread | None = None
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
         self._devices: Devices | None = None  # that broadcast
-        if settings.transport == "nccl":
+        if settings.transport in BROADCASTS:
             if self._link.num_processes > 1:
                 raise ValueError(
-                    "rollout.vllm.transport nccl sends from the devices of one process, and the run has "
+                    f"rollout.vllm.transport {settings.transport} sends from the devices of one process, and the run has "
                     f"{self._link.num_processes}: set it to auto"
                 )
-            self._devices = Devices(mesh, timeout_s=settings.load_timeout_s)
+            self._devices = Devices(mesh, settings.transport, timeout_s=settings.load_timeout_s)
         num = min(PROBE_TOKENS, max_model_len - 1)
         self.probe_ids = np.random.default_rng(0).integers(0, config.vocab_size, num).tolist()
         if not self._link.is_first:
@@ -145,7 +145,7 @@ class VllmEngine:
         info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
         probe_logprobs = self._probe(variables)
         if self._devices is not None:
-            broadcast = Broadcast(
+            broadcast = BROADCASTS[self.settings.transport](
                 self.run, version, variables, self.config, info["dtype"],
                 probe_ids=self.probe_ids, probe_logprobs=probe_logprobs, devices=self._devices,
             )  # fmt: skip

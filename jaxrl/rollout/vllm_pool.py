@@ -56,8 +56,8 @@ class Publication(Protocol):
         """The server has thrown it away, and is to be brought it again."""
 
 
-class Group(Protocol):
-    """By what weights are broadcast to one start of a server."""
+class Channel(Protocol):
+    """By what weights get from the trainer's devices to one start of a server."""
 
     async def end(self) -> None: ...
 
@@ -80,7 +80,7 @@ class Server:
     url: str | None  # None: it is started here
     process: ServerProcess | None
     client: Client | None = None
-    group: Group | None = None
+    channel: Channel | None = None
     state: str = STARTING
     label: str | None = None  # of the weights that it has
     content: str | None = None  # their digest
@@ -141,13 +141,13 @@ class Pool:
         return next(server.info for server in self.servers if server.info)
 
     async def _end(self, server: Server) -> None:
-        if server.group is not None:
-            group, server.group = server.group, None
-            await group.end()
         if server.client is not None:
             await server.client.close()
         if server.process is not None:
             await asyncio.to_thread(server.process.end)
+        if server.channel is not None:
+            channel, server.channel = server.channel, None
+            await channel.end()
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
