@@ -2,7 +2,7 @@
 
 The standard library alone: the trainer and vLLM's workers call it. The driver, and not the runtime, of which each library
 (JAX, NCCL, torch) has a copy of its own: they all work in the driver's primary context of a device, and find it where
-it is current. Seen to run against a stand-in alone (tests/stand_in_nccl.c), on no GPU.
+it is current. Seen to run against a stand-in alone (tests/stand_in_for_nvidia.c), on no GPU.
 """
 
 from __future__ import annotations

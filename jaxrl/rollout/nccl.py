@@ -4,7 +4,7 @@ Through ctypes, after nccl.h. The communicator is a non-blocking one (nccl.h: `b
 so that each wait is a loop of ours, which has a time limit and can be ended from another thread. JAX shares nothing with
 it but addresses: an array is ready before its address is given here, and lives until `wait` has returned.
 
-Seen to run against a stand-in alone (tests/stand_in_nccl.c), on no GPU.
+Seen to run against a stand-in alone (tests/stand_in_for_nvidia.c), on no GPU.
 """
 
 from __future__ import annotations

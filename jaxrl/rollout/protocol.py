@@ -40,7 +40,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     dtype: str  # F32, F16, BF16
-    checksum: int = 0  # CRC-32 of the bytes; of what is broadcast, the sum that `vllm_broadcast` takes on the devices
+    checksum: int = 0  # CRC-32 of the bytes; of what goes through no file, what `vllm_transfer` computes on the devices
 
     @property
     def nbytes(self) -> int:

@@ -38,11 +38,11 @@ from ..weights.source import Options
 from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
 from .engine import Report, Sampling, check_prompt
 from .vllm_adapter import NCCL_ARGS, ServerSpec
-from .vllm_broadcast import BROADCASTS, Broadcast, Devices
 from .vllm_client import ServerLost
 from .vllm_pool import DEAD, STARTING, Job, Pool, Server
 from .vllm_process import ServerProcess
 from .vllm_publication import Publication
+from .vllm_transfer import TRANSFERS, Devices, Transfer
 
 Tree = Any
 T = TypeVar("T")
@@ -66,13 +66,13 @@ class VllmEngine:
         self.run = secrets.token_hex(6)
         self.version = -1
         self._link = Link() if link is None else link
-        self._publication: Publication | Broadcast | None = None
+        self._publication: Publication | Transfer | None = None
         self._folders: dict[str, Path] = {}  # in which it lies, by transport
         self._uploads: list[Server] = []  # to whom it is sent
         self._forgetting: threading.Thread | None = None
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
-        self._devices: Devices | None = None  # that broadcast
-        if settings.transport in BROADCASTS:
+        self._devices: Devices | None = None  # from which weights go without a file
+        if settings.transport in TRANSFERS:
             if self._link.num_processes > 1:
                 raise ValueError(
                     f"rollout.vllm.transport {settings.transport} sends from the devices of one process, and the run has "
@@ -145,15 +145,15 @@ class VllmEngine:
         info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
         probe_logprobs = self._probe(variables)
         if self._devices is not None:
-            broadcast = BROADCASTS[self.settings.transport](
+            transfer = TRANSFERS[self.settings.transport](
                 self.run, version, variables, self.config, info["dtype"],
                 probe_ids=self.probe_ids, probe_logprobs=probe_logprobs, devices=self._devices,
             )  # fmt: skip
             try:
-                self._call(self.pool.install(broadcast))
+                self._call(self.pool.install(transfer))
             finally:
                 self._call(self.pool.hold())
-            self._publication, self.version = broadcast, version
+            self._publication, self.version = transfer, version
             return
         if self.settings.publish == "adapter":
             export = adapter_export(self.run, version, variables, self.config)
@@ -202,7 +202,7 @@ class VllmEngine:
 
     @contextmanager
     def _arrays_lent(self) -> Iterator[None]:
-        """Within, what is broadcast stays as it is, and a server that starts is sent it; after this it may change."""
+        """Within, the weights stay as they are, and a server that starts is sent them; after this they may change."""
         if self._devices is None:
             yield
             return
@@ -225,7 +225,7 @@ class VllmEngine:
 
     def _publish(self, export: Export, probe_logprobs: list[float]) -> None:
         before = self._publication
-        assert not isinstance(before, Broadcast)
+        assert not isinstance(before, Transfer)
         if self._forgetting is not None:
             self._forgetting.join()
         adapter_of = self.source.base if self.settings.publish == "adapter" else None

@@ -1,5 +1,5 @@
-"""Weights by NCCL, without a GPU: our code and vLLM's are the real ones, libnccl, CUDA's driver and what torch wants a GPU
-for are stand-ins (stand_in_nccl.c, stand_in_for_cuda.py).
+"""Weights by NCCL and CUDA IPC, without a GPU: our code and vLLM's are the real ones, libnccl, CUDA's driver and what torch
+wants a GPU for are stand-ins (stand_in_for_nvidia.c, vllm_without_gpu.py).
 """
 
 import ctypes
@@ -34,8 +34,8 @@ from jaxrl.roles import abstract_variables, load_base, model_config
 from jaxrl.rollout import cuda, nccl
 from jaxrl.rollout.engine import EngineLost, Sampling
 from jaxrl.rollout.protocol import LAYOUT_FILE, Refused
-from jaxrl.rollout.vllm_broadcast import _looked_at
 from jaxrl.rollout.vllm_engine import VllmEngine
+from jaxrl.rollout.vllm_transfer import _looked_at
 from jaxrl.weights.export import device_tensors, hf_tensors
 from jaxrl.weights.pretrained import Pretrained, open_pretrained
 from jaxrl.weights.safetensors_writer import dtype_named
@@ -50,7 +50,7 @@ def stand_in(tmp_path_factory) -> Iterator[Path]:
         pytest.skip("gcc is not there, which makes the stand-in for NCCL")
     path = tmp_path_factory.mktemp("stand_in") / "libcuda.so.1"
     flags = ["-shared", "-fPIC", "-O1", "-pthread", f"-Wl,-soname,{path.name}"]
-    subprocess.run(["gcc", *flags, "-o", str(path), str(HERE / "stand_in_nccl.c")], check=True)
+    subprocess.run(["gcc", *flags, "-o", str(path), str(HERE / "stand_in_for_nvidia.c")], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_NCCL_SO_PATH", str(path))
         ctypes.CDLL(str(path))  # whoever asks for libcuda.so.1 is given this one from now on
@@ -65,7 +65,11 @@ def engine_of(stand_in, tmp_path):
     engines = []
 
     def make(
-        mesh: tuple[int, int, int] = (1, 1, 1), lora_rank: int = 0, transport: str = "nccl", **settings
+        mesh: tuple[int, int, int] = (1, 1, 1),
+        lora_rank: int = 0,
+        transport: str = "nccl",
+        sleeps: bool = False,
+        **settings,
     ) -> VllmEngine:
         source = open_pretrained(str(MODEL))
         config = model_config(Model(path="", compute_dtype="float32"), source.hf_config)
@@ -73,7 +77,7 @@ def engine_of(stand_in, tmp_path):
         times = {"start_timeout_s": 20.0, "load_timeout_s": 3.0, "stall_timeout_s": 4.0, "probe_tolerance": 1e3}
         engine = VllmEngine(
             config, make_mesh(*mesh), VllmSection(transport=transport, **(times | settings)), source=source,
-            folder=tmp_path / f"run{len(engines)}", max_model_len=64, max_num_seqs=4,
+            folder=tmp_path / f"run{len(engines)}", max_model_len=64, max_num_seqs=4, sleeps=sleeps,
         )  # fmt: skip
         engines.append(engine)
         return engine
@@ -157,7 +161,7 @@ def test_the_checksum_sees_each_bit_and_its_place_on_every_mesh():
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_versions_come_whole_from_a_mesh_with_adapters_merged(engine_of, stub, monkeypatch, transport):
-    monkeypatch.setattr("jaxrl.rollout.vllm_broadcast.PORTION", 10_000)  # less than a tensor, and more than some
+    monkeypatch.setattr("jaxrl.rollout.vllm_transfer.PORTION", 10_000)  # less than a tensor, and more than some
     stub.dtype = "bfloat16"
     engine = engine_of(mesh=(1, 2, 2), lora_rank=2, transport=transport, urls=(stub.url,))
     for version in (1, 2):
@@ -169,6 +173,15 @@ def test_versions_come_whole_from_a_mesh_with_adapters_merged(engine_of, stub, m
     assert stub.loaded == ["1", "2"] and engine.pool.restarts == 0
     num_portions = -(-engine._publication.manifest.nbytes // 10_000)
     assert stub.num_portions == (2 * num_portions if transport == "ipc" else 0)
+
+
+def test_a_server_on_the_trainers_device_sleeps_and_is_sent_the_weights_when_it_wakes(engine_of, tmp_path):
+    engine = engine_of(transport="ipc", python=stub_python(tmp_path), sleeps=True)
+    for version in (1, 2):
+        engine.update_weights(weights(engine, 1), version)  # the same ones: it has lost them
+        assert versions(engine) == {version}
+        engine.sleep()
+    assert engine.pool.loads == 2 and engine.pool.restarts == 0
 
 
 def test_unchanged_weights_are_not_sent_again(engine_of, stub):
@@ -240,7 +253,7 @@ def test_a_server_that_fails_in_the_middle_is_started_again_and_gets_the_version
 def test_a_server_that_fails_between_portions_is_started_again_and_gets_the_version(
     engine_of, tmp_path, caplog, monkeypatch, fault, words
 ):
-    monkeypatch.setattr("jaxrl.rollout.vllm_broadcast.PORTION", 10_000)
+    monkeypatch.setattr("jaxrl.rollout.vllm_transfer.PORTION", 10_000)
     may_fail = tmp_path / "may_fail"
     may_fail.write_text(fault)
     engine = engine_of(transport="ipc", python=stub_python(tmp_path), env={"PORTION_FAULT": str(may_fail)})
@@ -379,7 +392,7 @@ def real(stand_in, vllm_python, served_models, tmp_path_factory) -> Iterator[Vll
     python = folder / "python"
     python.mkdir()
     (python / "jaxrl").symlink_to(Path(jaxrl.__file__).parent)
-    shutil.copy(HERE / "stand_in_for_cuda.py", python / "sitecustomize.py")
+    shutil.copy(HERE / "vllm_without_gpu.py", python / "sitecustomize.py")
     fault = f"die 4 {folder / 'may_fail'}"
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(python), "STAND_IN_FAULT": fault}
     source = open_pretrained(served_models["tied"])
@@ -434,7 +447,7 @@ def test_vllm_refuses_tensors_of_another_model_and_the_version_before_answers(re
 
 
 def test_vllm_answers_with_each_version_that_came_by_ipc(real, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxrl.rollout.vllm_broadcast.PORTION", 10_000)
+    monkeypatch.setattr("jaxrl.rollout.vllm_transfer.PORTION", 10_000)
     real._call(real.pool._until(lambda: all_serve(real)))
     (server,) = real.pool.servers
     monkeypatch.setenv("VLLM_API_KEY", server.key)

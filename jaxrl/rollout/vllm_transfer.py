@@ -116,7 +116,7 @@ class Shared:
         await asyncio.wait({_beside(self.buffer.free)}, timeout=ABORT_S)
 
 
-class Broadcast:
+class Transfer:
     """`variables` on the devices as one version, in `dtype`. Raises Refused where there is NaN or infinity among them."""
 
     is_adapter = False
@@ -164,7 +164,7 @@ class Broadcast:
             yield tensor, array
 
 
-class ByNccl(Broadcast):
+class ByNccl(Transfer):
     """To servers on other devices."""
 
     async def _send(self, server: Server, client: Client) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class ByNccl(Broadcast):
         del on_its_way
 
 
-class ByIpc(Broadcast):
+class ByIpc(Transfer):
     """To servers on the same device: through a buffer that both see, one portion after the other."""
 
     async def _send(self, server: Server, client: Client) -> dict[str, Any]:
@@ -262,4 +262,4 @@ def _beside(work: Callable[[], T]) -> asyncio.Future[T]:
     return asyncio.wrap_future(done)
 
 
-BROADCASTS = {"nccl": ByNccl, "ipc": ByIpc}
+TRANSFERS = {"nccl": ByNccl, "ipc": ByIpc}

@@ -1,6 +1,6 @@
 """A sitecustomize for a vLLM on a CPU that is to get weights by NCCL or CUDA IPC: it replaces what torch wants a GPU for.
 
-vLLM's own code for weights by NCCL runs as it is, on tensors of the CPU, with tests/stand_in_nccl.c as libnccl and libcuda.
+vLLM's own code for weights by NCCL runs as it is, on tensors of the CPU; stand_in_for_nvidia.c is its libnccl and libcuda.
 """
 
 import contextlib
