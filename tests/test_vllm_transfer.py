@@ -10,9 +10,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from ctypes.util import find_library
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +36,7 @@ from jaxrl.roles import abstract_variables, load_base, model_config
 from jaxrl.rollout import cuda, nccl
 from jaxrl.rollout.engine import EngineLost, Sampling
 from jaxrl.rollout.protocol import LAYOUT_FILE, Refused
+from jaxrl.rollout.vllm_adapter import ServerSpec, Worker, command
 from jaxrl.rollout.vllm_engine import VllmEngine
 from jaxrl.rollout.vllm_transfer import _looked_at
 from jaxrl.weights.export import device_tensors, hf_tensors
@@ -334,7 +337,27 @@ def test_another_version_of_nccl_is_said(engine_of, tmp_path):
         engine.update_weights(weights(engine, 1), 1)
 
 
-def test_a_host_without_nccl_or_cuda_is_said(monkeypatch, tmp_path):
+def test_a_server_that_was_not_started_for_nccl_is_refused_with_what_it_lacks():
+    worker = Worker()
+    worker.weight_transfer_engine = None
+    (arguments,) = re.findall(
+        r"nccl: start it with scripts/serve_vllm.py --args '(.*)'$", worker.jaxrl_nccl()["refused"]
+    )
+    line = command("python", ServerSpec("m", "127.0.0.1", 1, "f", args=json.loads(arguments)), "cuda")
+    assert json.loads(line[line.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
+
+
+@pytest.mark.skipif(find_library("cuda") is not None, reason="this host has a driver for NVIDIA's GPUs")
+def test_a_host_without_a_gpu_is_said():
+    # Another process: this one may have been given the stand-in.
+    run = [sys.executable, "-c", "from jaxrl.rollout.cuda import driver; driver()"]
+    said = subprocess.run(run, cwd=HERE.parent, capture_output=True, text=True).stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"ValueError: there is no GPU of NVIDIA's here: set rollout.vllm.transport to auto \(libcuda.*\)", said
+    )
+
+
+def test_a_host_without_nccl_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_NCCL_SO_PATH", str(tmp_path / "none.so"))
     nccl.nccl.cache_clear()
     with pytest.raises(

@@ -415,11 +415,11 @@ class Worker:
 
     def jaxrl_nccl(self) -> dict[str, Any]:
         """What a group with this server needs."""
+        if self.weight_transfer_engine is None:
+            how = f"start it with scripts/serve_vllm.py --args '{json.dumps(NCCL_ARGS)}'"
+            return {"refused": f"the server was not started for rollout.vllm.transport nccl: {how}"}
         from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
-        if self.weight_transfer_engine is None:
-            what = f"start it with scripts/serve_vllm.py --args '{json.dumps(NCCL_ARGS)}'"
-            return {"refused": f"the server was not started for rollout.vllm.transport nccl: {what}"}
         num_workers = self.vllm_config.parallel_config.world_size_across_dp
         return {"version": NCCLLibrary().ncclGetRawVersion(), "num_workers": num_workers}
 

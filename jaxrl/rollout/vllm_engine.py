@@ -140,7 +140,7 @@ class VllmEngine:
         """Publish these weights as `version`: every server that serves has them when this returns.
 
         Raises ValueError where they are refused (those before go on answering, unless the servers sleep), EngineLost
-        where no server is left.
+        where no server is left. By nccl and ipc a server that took what another one refused waits for the next version.
         """
         info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
         probe_logprobs = self._probe(variables)
