@@ -56,7 +56,19 @@ def jax_environment(c: Config) -> dict[str, str]:
 
 
 def prepare_environment(c: Config) -> None:
-    """Set it, unless the user has settled how JAX takes memory."""
+    """Set it, unless the user has settled how JAX takes memory.
+
+    Raises ValueError where weights would go from a GPU to itself by NCCL, or to another one by CUDA IPC.
+    """
+    v = c.rollout.vllm
+    if c.rollout.engine == "vllm" and v.transport == "nccl" and shares_gpus(v):
+        raise ValueError(
+            f"rollout.vllm.transport nccl wants vLLM on {OWN_DEVICES}: give it some, or set transport to ipc"
+        )
+    if c.rollout.engine == "vllm" and v.transport == "ipc" and not shares_gpus(v):
+        raise ValueError(
+            "rollout.vllm.transport ipc wants vLLM on the trainer's GPU, and it has its own: set it to nccl"
+        )
     if not SETTLED & os.environ.keys():
         os.environ.update(jax_environment(c))
 

@@ -24,7 +24,7 @@ FLOORS = [
     {"models", "parallel", "topology", "distributed", "sources", "data", "gpu_memory"},
     {"weights", "rollout", "optimizer", "compression", "checkpoint", "metrics", "loggers"},
     {"update", "prepare", "weights.sync"},
-    {"rollout.vllm_engine", "rollout.vllm_publication"},
+    {"rollout.vllm_engine", "rollout.vllm_publication", "rollout.vllm_transfer"},
     {"roles", "reward_model", "collector", "ahead", "doctor", "learner"},
     {"plan"},
     {"trainer"},
@@ -59,7 +59,7 @@ COMPILES = {"update", "prepare", "roles", "rollout", "parallel"}
 # What a launcher, a sidecar or a dataset script imports; JAX would take seconds and the accelerator.
 WITHOUT_JAX = [
     "cluster", "wire", "link", "launching", "config", "batch", "packing", "tasks", "progress", "user_code", "rewards",
-    "sources", "data", "rollout.engine", "rollout.protocol", "rollout.vllm_adapter", "rollout.vllm_server",
+    "sources", "data", "rollout.engine", "rollout.cuda", "rollout.protocol", "rollout.vllm_adapter", "rollout.vllm_server",
     "rollout.vllm_process", "models.config", "weights.folder", "weights.hf_names", "weights.safetensors_writer", "weights.gguf",
 ]  # fmt: skip
 

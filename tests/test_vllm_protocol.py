@@ -90,10 +90,10 @@ def test_a_stream_that_a_sink_breaks_off_is_run_through_to_its_end(model):
 
     with pytest.raises(OSError):
         export.send([SimpleNamespace(write=full)])
-    assert not any(tensor.crc32 for tensor in export.manifest.tensors)
+    assert not any(tensor.checksum for tensor in export.manifest.tensors)
     export.finish()
-    assert [tensor.crc32 for tensor in export.manifest.tensors] == [
-        tensor.crc32 for tensor in sent(model_export("run", 0, variables, config, "float32")).manifest.tensors
+    assert [tensor.checksum for tensor in export.manifest.tensors] == [
+        tensor.checksum for tensor in sent(model_export("run", 0, variables, config, "float32")).manifest.tensors
     ]
 
 
@@ -113,7 +113,7 @@ def test_an_export_tells_which_tensors_are_not_finite(dtype):
         Export("run", 0, {name: x.shape for name, x in tensors.items()}, dtype, lambda: iter(tensors.items()))
     )
     assert export.not_finite == ["nan", "inf", "minus"]
-    assert [t.crc32 for t in export.manifest.tensors] == [zlib.crc32(x.tobytes()) for x in tensors.values()]
+    assert [t.checksum for t in export.manifest.tensors] == [zlib.crc32(x.tobytes()) for x in tensors.values()]
 
 
 def test_adapters_alone_are_an_export_under_peft_names(model, tmp_path):

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import ctypes
 import json
+import math
 import os
 import sys
 import threading
@@ -16,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from jaxrl.rollout.cuda import OpenedBuffer
 from jaxrl.rollout.protocol import PIECE
 from jaxrl.rollout.vllm_adapter import (
     GENERATE,
@@ -31,7 +35,12 @@ from jaxrl.rollout.vllm_adapter import (
 )
 
 LOGPROB = -1.0  # of every token
+FROM_DEVICES = {f"jaxrl_{name}" for name in ("nccl", "join", "receive", "open", "portion", "finish")}
 Reply = tuple[int, Any]  # status; JSON, or the text of a page
+
+
+class _Id(ctypes.Structure):  # of NCCL
+    _fields_ = (("internal", ctypes.c_ubyte * 128),)
 
 
 class Stub:
@@ -46,6 +55,9 @@ class Stub:
         self.pause_s = 0.0  # before an upload is read
         self.asleep: set[str] = set()  # what has no memory
         self.has_weights = True
+        self.dtype = "float32"
+        self.received_tensors: dict[str, bytes] = {}
+        self.num_portions = 0
         self.draws = False  # tokens 5 and 6 by the seed, and not 5 alone
         self.answers: dict[str, Callable[[Any], Reply]] = {}
         self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
@@ -72,7 +84,7 @@ class Stub:
 
     def usual(self, route: str, message: Any) -> Reply:
         if route == INFO:
-            return 200, {"vllm": "0.32.0", "device": "cpu", "dtype": "float32", "model": "stub"}
+            return 200, {"vllm": "0.32.0", "device": "cpu", "dtype": self.dtype, "model": "stub"}
         if route == SEES:
             return 200, {"sees": message in self.uploads}
         if route == RPC and message["method"] == "jaxrl_load":
@@ -82,6 +94,8 @@ class Stub:
             self.loaded.append(path)
             self.has_weights = True
             return 200, {"results": [{"loaded": manifest["version"], "digest": path}]}
+        if route == RPC and message["method"] in FROM_DEVICES:
+            return 200, {"results": [getattr(self, message["method"].removeprefix("jaxrl_"))(*message["args"])]}
         if route == RPC or route == LOAD_ADAPTER:
             return 200, {"results": [{}]}
         if route == SET_VERSION:
@@ -100,6 +114,56 @@ class Stub:
         if route == GENERATE:
             return 200, self.generated(message)
         return 404, {}
+
+    # With the stand-ins for NCCL and CUDA, as the one worker of the server.
+
+    def nccl(self) -> Any:
+        version = ctypes.c_int()
+        self._nccl = ctypes.CDLL(os.environ["VLLM_NCCL_SO_PATH"])
+        assert self._nccl.ncclGetVersion(ctypes.byref(version)) == 0
+        return {"version": version.value, "num_workers": 1}
+
+    def join(self, encoded: str, num_ranks: int) -> Any:
+        self._comm = ctypes.c_void_p()
+        unique_id = _Id.from_buffer_copy(base64.b64decode(encoded))
+        assert self._nccl.ncclCommInitRank(ctypes.byref(self._comm), num_ranks, unique_id, 1) == 0
+        one = (ctypes.c_float * 1)(2.0)
+        assert self._nccl.ncclAllReduce(one, one, ctypes.c_size_t(1), 7, 0, self._comm, None) == 0
+        return {} if one[0] == 2.0 else {"broken": f"the sum over 0 and 2 is {one[0]}"}
+
+    def receive(self, manifest: Any) -> Any:
+        self.received_tensors = {}
+        for name, shape, dtype, _ in manifest["tensors"]:
+            count, (code, size) = math.prod(shape), {"F32": (7, 4), "BF16": (9, 2)}[dtype]
+            data = ctypes.create_string_buffer(count * size)
+            if self._nccl.ncclBroadcast(None, data, ctypes.c_size_t(count), code, 0, self._comm, None):
+                return {"broken": f"{name} did not come"}
+            self.received_tensors[name] = data.raw
+        return self.finish(manifest)
+
+    def open(self, handle: str) -> Any:
+        ctypes.CDLL(os.environ["VLLM_NCCL_SO_PATH"])  # as libcuda.so.1
+        self._buffer = OpenedBuffer(base64.b64decode(handle))
+        return {}
+
+    def portion(self, manifest: Any, pieces: list[list[int]], is_first: bool) -> Any:
+        if "weights" in self.asleep:
+            return {"broken": "there is no memory to load into"}
+        if is_first:
+            self.received_tensors = {}
+        self.num_portions += 1
+        for number, start, place, size in pieces:
+            data = ctypes.create_string_buffer(size)
+            self._buffer.take(place, ctypes.addressof(data), size)
+            name = manifest["tensors"][number][0]
+            assert start == len(self.received_tensors.setdefault(name, b""))
+            self.received_tensors[name] += data.raw
+        return {}
+
+    def finish(self, manifest: Any) -> Any:
+        self.loaded.append(str(manifest["version"]))
+        self.has_weights = True
+        return {"loaded": manifest["version"], "digest": str(manifest["version"])}
 
     def take_in(self, name: str, base: str, body: bytes) -> None:
         self.received.append((name, base, len(body)))
@@ -179,6 +243,7 @@ def stub_python(folder: Path) -> str:
 
 def main(given: str) -> None:
     spec = json.loads(given)
+    os.environ.update(spec["env"])
     if "REPORT" in spec["env"]:
         Path(spec["env"]["REPORT"]).write_text(os.environ["PYTHONPATH"])
     while not Path(spec["env"].get("WAIT_FOR", "/")).exists():
@@ -194,13 +259,21 @@ def main(given: str) -> None:
                 os._exit(1)
         return stub.usual(GENERATE, message)
 
+    def portion(message: Any) -> Reply:
+        may_fail = Path(spec["env"].get("PORTION_FAULT", "/none"))
+        if stub.num_portions == 2 and may_fail.exists():
+            fault = may_fail.read_text()
+            may_fail.unlink()
+            time.sleep(60) if fault == "stall" else os._exit(9)
+        return stub.usual(RPC, message)
+
     def load(message: Any) -> Reply:
         version = message["args"][1]["version"]
         if str(version) == spec["env"].get("REFUSE"):
             return 200, {"results": [{"refused": f"version {version} is not for me"}]}
         return stub.usual(RPC, message)
 
-    stub.answers |= {GENERATE: generate, "jaxrl_load": load}
+    stub.answers |= {GENERATE: generate, "jaxrl_load": load, "jaxrl_portion": portion}
     if "SLEEPLESS" in spec["env"]:
         stub.answers[f"{SLEEP}?level=2"] = lambda _: (500, {"error": "Memory usage increased after sleeping."})
     while os.read(0, 1):

@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "data.truncation": ("error", "left", "right", "middle"),
     "rollout.engine": ("jax", "vllm"),
     "rollout.vllm.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "rollout.vllm.transport": ("auto", "shm", "file", "http"),
+    "rollout.vllm.transport": ("auto", "shm", "file", "http", "nccl", "ipc"),
     "rollout.vllm.publish": ("merged", "adapter"),
     "reward.on_error": ("report", "raise"),
     "algorithm.rollout_correction.rollout_is": (None, "token", "sequence"),
@@ -238,11 +238,31 @@ def _check_vllm(c: Config) -> None:
         )
     if (v.transport == "file") != (v.file_dir is not None):
         raise ValueError("rollout.vllm.transport file and rollout.vllm.file_dir belong together: set both or neither")
+    if v.transport in ("nccl", "ipc"):
+        _check_from_devices(c)
     if v.publish == "adapter" and not c.model.lora_rank:
         raise ValueError("rollout.vllm.publish adapter needs adapters: set model.lora_rank, or publish merged")
     if v.gpu_memory_utilization is not None and not 0 < v.gpu_memory_utilization <= 1:
         raise ValueError(
             f"rollout.vllm.gpu_memory_utilization {v.gpu_memory_utilization} is a share: above 0, at most 1"
+        )
+
+
+def _check_from_devices(c: Config) -> None:
+    v = c.rollout.vllm
+    if v.publish == "adapter":
+        raise ValueError(
+            f"rollout.vllm.transport {v.transport} sends whole models: set rollout.vllm.publish to merged, or transport to auto"
+        )
+    if c.trainer.trainer_mode != "sync":
+        raise ValueError(
+            f"rollout.vllm.transport {v.transport} sends from the trainer's arrays, which one_step_off changes while servers "
+            "answer with them: set trainer.trainer_mode to sync, or transport to auto"
+        )
+    if v.transport == "ipc" and v.urls:
+        raise ValueError(
+            "rollout.vllm.transport ipc is for servers that are started here, on the trainer's GPU: leave rollout.vllm.urls "
+            "out, or set transport to auto"
         )
 
 

@@ -67,7 +67,9 @@ class VllmSection:
     dtype: str = "auto"  # of the weights in vLLM: float32 on a CPU, else bfloat16
     # Of each GPU. None: what training leaves of GPUs that it shares with vLLM, else vLLM's own default.
     gpu_memory_utilization: float | None = None
-    transport: str = "auto"  # how weights travel: shm (same host), file (a shared disk), http; auto: shm, else http
+    # How weights travel: shm (same host), file (a shared disk), http, or from the trainer's GPU: nccl (to GPUs of
+    # vLLM's own), ipc (to the same one); both have run on no GPU, only against stand-ins. auto: shm, else http.
+    transport: str = "auto"
     file_dir: str | None = None  # of transport file
     publish: str = "merged"  # with adapters: merged into the model, or adapter: alone, to a vLLM that holds the base
     probe_tolerance: float | None = None  # mean gap of a fixed prompt's logprobs; None: 1e-3 in float32, else 0.15

@@ -31,12 +31,16 @@ class Refused(ValueError):
     """An export that must not be loaded. Nothing has been touched: the version before goes on answering."""
 
 
+def not_finite(version: int, name: str) -> Refused:
+    return Refused(f"version {version} of the weights has NaN or infinity in {name}: training went wrong")
+
+
 @dataclass(frozen=True)
 class Tensor:
     name: str
     shape: tuple[int, ...]
     dtype: str  # F32, F16, BF16
-    crc32: int = 0
+    checksum: int = 0  # CRC-32 of the bytes; of what goes through no file, what `vllm_transfer` computes on the devices
 
     @property
     def nbytes(self) -> int:
@@ -71,12 +75,12 @@ class Manifest:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def to_json(self) -> dict[str, Any]:
-        tensors = [[t.name, list(t.shape), t.dtype, t.crc32] for t in self.tensors]
+        tensors = [[t.name, list(t.shape), t.dtype, t.checksum] for t in self.tensors]
         return {"run": self.run, "version": self.version, "tensors": tensors}
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Manifest:
-        tensors = tuple(Tensor(name, tuple(shape), dtype, crc) for name, shape, dtype, crc in given["tensors"])
+        tensors = tuple(Tensor(name, tuple(shape), *rest) for name, shape, *rest in given["tensors"])
         return cls(given["run"], given["version"], tensors)
 
 
@@ -111,7 +115,7 @@ def check_export(path: Path, manifest: Manifest, layout: Mapping[str, list[int]]
     if size != len(header) + manifest.nbytes:
         raise Refused(f"{what} is truncated: it has {size} bytes of {len(header) + manifest.nbytes}")
     if layout is not None:
-        _check_layout(what, manifest, layout)
+        check_layout(what, manifest, layout)
     _check_bytes(what, path, len(header), manifest)
 
 
@@ -135,7 +139,8 @@ def _difference(found: bytes, manifest: Manifest) -> str:
     return "its header lists other tensors"
 
 
-def _check_layout(what: str, manifest: Manifest, layout: Mapping[str, list[int]]) -> None:
+def check_layout(what: str, manifest: Manifest, layout: Mapping[str, list[int]]) -> None:
+    """Raises Refused, in words, unless the tensors are those of the model that is served."""
     ours = {t.name: list(t.shape) for t in manifest.tensors}
     if missing := sorted(layout.keys() - ours.keys()):
         raise Refused(f"{what} lacks {len(missing)} tensors of the model that is served, the first is {missing[0]}")
@@ -158,7 +163,7 @@ def _check_bytes(what: str, path: Path, start: int, manifest: Manifest) -> None:
                 return zlib.crc32(view[offsets[i] : offsets[i] + manifest.tensors[i].nbytes])
 
             for t, found in zip(manifest.tensors, pool.map(crc, range(len(offsets))), strict=True):
-                if found != t.crc32:
+                if found != t.checksum:
                     raise Refused(f"{what} was damaged on its way: the bytes of {t.name} are not those that were sent")
 
 

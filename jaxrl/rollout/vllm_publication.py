@@ -15,13 +15,14 @@ import shutil
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from ..models.config import ModelConfig
 from ..weights.peft_tree import write_adapter_config
 from ..weights.sync import Export, FileSink
-from .protocol import Manifest, Refused
+from .protocol import Manifest, Refused, not_finite
 from .vllm_pool import DEAD, STARTING, Server
 
 _numbers = itertools.count()
@@ -84,10 +85,7 @@ class Publication:
                     write_adapter_config(path.parent, self._config, self._adapter_of)
             export.send(list(self._files.values()))
             if export.not_finite:
-                raise Refused(
-                    f"version {self.manifest.version} of the weights has NaN or infinity in {export.not_finite[0]}: training "
-                    "went wrong"
-                )
+                raise not_finite(self.manifest.version, export.not_finite[0])
         except BaseException:
             for file in self._files.values():
                 file.abandon()
@@ -117,6 +115,15 @@ class Publication:
             if not self._is_forgotten.is_set() or (task is not None and task.cancelling()):
                 raise
             raise Refused(f"version {self.manifest.version} of the weights has been followed by another") from error
+
+    async def load(self, server: Server) -> dict[str, Any]:
+        """Put it in the place of the server's weights; what the server says of it."""
+        path, client = await self.place(server), server.client
+        assert client is not None
+        if not self.is_adapter:
+            return await client.load(path, self.manifest, timeout_s=self._timeout_s)
+        await client.load_adapter(path, self.manifest, timeout_s=self._timeout_s)
+        return {"digest": None}
 
     def anew(self, server: Server) -> None:
         """The server has taken another version since, and has thrown this one away."""

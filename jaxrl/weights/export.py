@@ -7,7 +7,7 @@ next one, so that a host holds one tensor. The publisher of weights uses the sam
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,44 @@ def hf_tensors(
     `dtype` is taken on before the tensor leaves the devices. On several hosts each of them must run through the
     iterator, and each is given every tensor.
     """
+    piece = _piecewise(params, config, lora, packed, dtype)
+    for tensor in in_order(config, head_of(params, config)):
+        yield tensor.name, tensor.of([np.asarray(fetch(piece(row, place))) for row, place in tensor.parts])
+
+
+def device_tensors(
+    params: Tree, config: ModelConfig, *, dtype: np.dtype, lora: Tree | None = None, packed: Tree | None = None
+) -> Iterator[tuple[str, jax.Array]]:
+    """The same tensors on the devices, sharded as it comes."""
+    piece = _piecewise(params, config, lora, packed, dtype)
+    for tensor in in_order(config, head_of(params, config)):
+        pieces = [jnp.asarray(piece(row, place)) for row, place in tensor.parts]
+        if not tensor.is_fused:
+            yield tensor.name, tensor.of(pieces)
+            continue
+        whole = jnp.zeros(tensor.shape, dtype)
+        for (row, _), part in zip(tensor.parts, pieces, strict=True):
+            shape, where, part = row.within(part)
+            whole = whole.reshape(shape).at[where].set(part).reshape(tensor.shape)
+        yield tensor.name, whole
+
+
+def _piecewise(
+    params: Tree, config: ModelConfig, lora: Tree | None, packed: Tree | None, dtype: np.dtype | None
+) -> Callable[[Row, tuple[int, ...]], Any]:
+    """What gives the array of a row at one place, merged, in `dtype`."""
     leaves, adapters, codes = (dict(flatten(tree or {})) for tree in (params, lora, packed))
 
-    def piece(row: Row, place: tuple[int, ...]) -> np.ndarray:
+    def piece(row: Row, place: tuple[int, ...]) -> Any:
         module = row.ours.removesuffix(".kernel")
         packed_here = is_packed(row, config)
         array = _numbers(codes, row, place[0], config) if packed_here else fetched(leaves[row.ours], place)
         if f"{module}.a" in adapters:
             a, b = (adapters[f"{module}.{part}"][place] for part in "ab")
             array = array + config.lora_scale * jnp.tensordot(a, b, axes=1, precision="highest")
-        if dtype is not None and array.dtype != dtype:
-            array = array.astype(dtype)
-        return np.asarray(fetch(array))
+        return array if dtype is None or array.dtype == dtype else array.astype(dtype)
 
-    for tensor in in_order(config, head_of(params, config)):
-        yield tensor.name, tensor.of([piece(row, place) for row, place in tensor.parts])
+    return piece
 
 
 def _numbers(codes: Mapping[str, jax.Array], row: Row, layer: int, config: ModelConfig) -> jax.Array:

@@ -127,17 +127,23 @@ class Row:
         cuts = [self._along(letter, index) if letter in inner else slice(None) for letter in self._axes]
         return rearrange(apart[tuple(cuts)], f"{self._axes_with_ours} -> {right}")
 
-    def fill(self, tensor: np.ndarray, array: np.ndarray) -> None:
-        """Write ours, at one place, into its part of the Hugging Face tensor."""
+    def within(self, array: Any) -> tuple[list[int], Index, Any]:
+        """Of the Hugging Face tensor, merged axes each by itself: its shape, where ours at one place lies, and ours as
+        it lies there."""
         right = self.pattern.split("->")[1]
         sizes = self._hf_sizes(dict(zip(self.letters, array.shape, strict=True)))
-        apart = tensor.reshape([sizes[letter] for letter in self._axes])
-        assert np.shares_memory(apart, tensor), "a new tensor is contiguous"
         whole = tuple(slice(0, size) for size in array.shape)
-        cuts = [self._along(letter, whole) for letter in self._axes]
-        apart[tuple(cuts)] = rearrange(array, f"{right} -> {self._axes_with_ours}")
+        where = tuple(self._along(letter, whole) for letter in self._axes)
+        return [sizes[letter] for letter in self._axes], where, rearrange(array, f"{right} -> {self._axes_with_ours}")
 
-    def to_hf(self, array: np.ndarray) -> np.ndarray:
+    def fill(self, tensor: np.ndarray, array: np.ndarray) -> None:
+        """Write ours, at one place, into its part of the Hugging Face tensor."""
+        shape, where, ours = self.within(array)
+        apart = tensor.reshape(shape)
+        assert np.shares_memory(apart, tensor), "a new tensor is contiguous"
+        apart[where] = ours
+
+    def to_hf(self, array: Any) -> Any:
         """Ours, at one place -> the Hugging Face tensor, of which it is the whole."""
         assert not self.parts, f"{self.ours} is a part of {self.hf}"
         left, right = self.pattern.split("->")
@@ -179,11 +185,14 @@ class HfTensor:
     shape: tuple[int, ...]
     parts: tuple[tuple[Row, tuple[int, ...]], ...]
 
-    def of(self, pieces: list[np.ndarray]) -> np.ndarray:
-        """The tensor, from the pieces of ours in the order of `parts`."""
-        row = self.parts[0][0]
-        if not row.parts:
-            return row.to_hf(pieces[0])
+    @property
+    def is_fused(self) -> bool:
+        return bool(self.parts[0][0].parts)
+
+    def of(self, pieces: list[Any]) -> Any:
+        """The tensor, from the pieces of ours in the order of `parts`; those of a fused one are numpy's."""
+        if not self.is_fused:
+            return self.parts[0][0].to_hf(pieces[0])
         tensor = np.zeros(self.shape, pieces[0].dtype)
         for (row, _), piece in zip(self.parts, pieces, strict=True):
             row.fill(tensor, piece)
