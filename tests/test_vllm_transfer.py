@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ from jaxrl.rollout.engine import EngineLost, Sampling
 from jaxrl.rollout.protocol import LAYOUT_FILE, Refused
 from jaxrl.rollout.vllm_adapter import ServerSpec, Worker, command
 from jaxrl.rollout.vllm_engine import VllmEngine
+from jaxrl.rollout.vllm_pool import ASLEEP
 from jaxrl.rollout.vllm_transfer import _looked_at
 from jaxrl.weights.export import device_tensors, hf_tensors
 from jaxrl.weights.pretrained import Pretrained, open_pretrained
@@ -185,6 +187,18 @@ def test_a_server_on_the_trainers_device_sleeps_and_is_sent_the_weights_when_it_
         assert versions(engine) == {version}
         engine.sleep()
     assert engine.pool.loads == 2 and engine.pool.restarts == 0
+
+
+def test_a_server_that_is_lost_before_it_sleeps_is_waited_for_and_put_to_sleep(engine_of, tmp_path):
+    engine = engine_of(transport="ipc", python=stub_python(tmp_path), sleeps=True)
+    engine.update_weights(weights(engine, 1), 1)
+    server = engine.pool.servers[0]
+    os.killpg(server.process.pid, signal.SIGKILL)
+    until(engine, lambda: engine.pool.restarts == 1)
+    engine.sleep()
+    assert server.state == ASLEEP and server.process.ended() is None
+    engine.update_weights(weights(engine, 2), 2)
+    assert versions(engine) == {2}
 
 
 def test_unchanged_weights_are_not_sent_again(engine_of, stub):

@@ -186,8 +186,9 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """Servers on the trainer's devices give back their memory, and lose their weights, until the next version."""
-        # Process 0 decides for all: each may see other devices of its host.
-        self._link.first("sleep of the servers", lambda: self._call(self.pool.sleep()) if self.sleeps else None)
+        # One that was lost a moment ago starts and loads first. Process 0 decides: each may see other devices of its host.
+        with self._arrays_lent():
+            self._link.first("sleep of the servers", lambda: self._call(self.pool.sleep()) if self.sleeps else None)
 
     def close(self) -> None:
         if not self._link.is_first or self._loop.is_closed():
