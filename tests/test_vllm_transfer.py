@@ -485,7 +485,7 @@ def test_vllm_refuses_tensors_of_another_model_and_the_version_before_answers(re
 
 def test_vllm_answers_with_each_version_that_came_by_ipc(real, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxrl.rollout.vllm_transfer.PORTION", 10_000)
-    real._call(real.pool._until(lambda: all_serve(real)))
+    real._call(real.pool.until(lambda: all_serve(real)))
     (server,) = real.pool.servers
     monkeypatch.setenv("VLLM_API_KEY", server.key)
     section = VllmSection(transport="ipc", urls=(server.process.url,))
