@@ -142,10 +142,11 @@ def _perhaps_damaged(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of many kinds, by what orbax misses first; some describe the array for pages
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        log.debug("checkpoint %s", path, exc_info=True)
+        reason = textwrap.shorten(f"{type(error).__name__}: {' '.join(str(error).split())[:150]}", 200)
         raise ValueError(
-            f"checkpoint {path} cannot be read ({reason}): where it is damaged, remove that folder, and the run goes on from "
-            "the one before it"
+            f"checkpoint {path} cannot be read ({reason}). Where it is damaged, and not the memory or the disk too small, "
+            "remove that folder and go on from an earlier one"
         ) from error
 
 

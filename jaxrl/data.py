@@ -337,12 +337,16 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of many kinds, by what is missing; of a broken file it is an `Exception` itself
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"{folder} holds no tokenizer that can be read ({reason}): fetch its tokenizer and config.json again"
-        ) from error
+        if "trust_remote_code" in reason:
+            fix = "one that brings code of its own is not run"
+        elif isinstance(error, ImportError):
+            fix = "install what it names"
+        else:
+            fix = "fetch its tokenizer and config.json again"
+        raise ValueError(f"{folder} holds no tokenizer that can be read ({reason}): {fix}") from error
 
 
 def truncate(token_ids: list[int], max_length: int, side: Truncation) -> list[int]:

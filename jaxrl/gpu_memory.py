@@ -27,6 +27,13 @@ def shares_gpus(v: VllmSection) -> bool:
     return not v.urls and (not theirs or seen is None or not theirs.isdisjoint(_listed(seen)))
 
 
+def _are_on_the_first_gpu(v: VllmSection) -> bool:
+    """Whether the first device of every server is the first one that this process sees."""
+    names = [v.env["CUDA_VISIBLE_DEVICES"]] if "CUDA_VISIBLE_DEVICES" in v.env else v.devices
+    first = _listed(os.environ.get("CUDA_VISIBLE_DEVICES", "0"))[0]
+    return all(_listed(each)[0] == first for each in names)
+
+
 def _listed(devices: str) -> list[str]:
     return [device.strip() for device in devices.split(",")]
 
@@ -65,9 +72,10 @@ def prepare_environment(c: Config) -> None:
         raise ValueError(
             f"rollout.vllm.transport nccl wants vLLM on {OWN_DEVICES}: give it some, or set transport to ipc"
         )
-    if c.rollout.engine == "vllm" and v.transport == "ipc" and not shares_gpus(v):
+    if c.rollout.engine == "vllm" and v.transport == "ipc" and not _are_on_the_first_gpu(v):
         raise ValueError(
-            "rollout.vllm.transport ipc wants vLLM on the trainer's GPU, and it has its own: set it to nccl"
+            "rollout.vllm.transport ipc wants each vLLM on the trainer's first GPU, and one has another: set it to nccl, or "
+            "to auto"
         )
     if not SETTLED & os.environ.keys():
         os.environ.update(jax_environment(c))

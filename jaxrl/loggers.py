@@ -107,7 +107,8 @@ class JsonLines:
     def __init__(self, path: Path, first_step: int) -> None:
         if path.exists():
             kept = path.with_name(f".{path.name}")
-            with path.open(encoding="utf-8") as old, kept.open("w", encoding="utf-8") as new:
+            # Bytes that are no text make their line one that nobody reads.
+            with path.open(encoding="utf-8", errors="surrogateescape") as old, kept.open("w", encoding="utf-8") as new:
                 new.writelines(line for line in old if line.endswith("\n") and _step_of(line, path) < first_step)
             kept.replace(path)
         self._file = path.open("a", encoding="utf-8")

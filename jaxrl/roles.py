@@ -341,8 +341,8 @@ def load_base(
 def _new_head(config: ModelConfig, missing: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays of a score head that no checkpoint holds, by path."""
     if config.module is None:
-        # From numpy: jnp.zeros refuses the host memory of a single device.
-        return {path: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding) for path, x in missing.items()}
+        # Not by jnp.zeros, which refuses the host memory of a single device.
+        return {path: _zeros(x) for path, x in missing.items()}
     make = jax.jit(
         lambda key: {
             path: x.astype(missing[path].dtype)
@@ -352,6 +352,10 @@ def _new_head(config: ModelConfig, missing: dict[str, jax.ShapeDtypeStruct]) -> 
         out_shardings={path: x.sharding for path, x in missing.items()},
     )
     return make(jax.random.key(0))
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, x.sharding, lambda index: np.zeros(x.shape, x.dtype)[index])
 
 
 def fresh_adapters(mesh: jax.sharding.Mesh, config: ModelConfig, abstract: Tree, seed: int) -> Tree:

@@ -139,6 +139,8 @@ class Trainer:
             undo.enter_context(closing(self.engine))
             undo.enter_context(self.scorer)
             self.turns = self._make_turns()
+            if self.turns is not None:
+                undo.enter_context(closing(self.turns))
             self.collector = Collector(
                 c, self.engine.generate if self.turns is None else self.turns.generate, self.scorer, self.loader,
                 self.tokenizer, stop_ids=self.stop_ids, begins=self.link.at,
@@ -453,10 +455,16 @@ class Trainer:
         assert self.val is not None
         prompts, errors = list(self.val), 0
         metrics: dict[str, float] = {}
-        for name, greedy in self.config.validations.items():
+        validations = self.config.validations
+        for name, greedy in validations.items():
             e = self.collector.held_out(prompts, greedy=greedy)
             self._log(samples, step, name, e)
-            metrics |= _validation_metrics(e)
+            found = _validation_metrics(e)
+            if (
+                not greedy
+            ):  # mean@1 of several samples is of those that have a number; beside greedy answers it is theirs
+                found = {key: x for key, x in found.items() if not key.endswith("/mean@1") or len(validations) == 1}
+            metrics |= found
             errors += sum(score.error is not None for score in e.scores)
         return metrics | {"val-aux/reward_errors": errors}
 
@@ -490,9 +498,8 @@ def _check_can_be_written(folder: Path) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "you may not write there" if there.is_dir() else "that is no folder"
-        raise ValueError(
-            f"the run's folder {folder} would be in {there}, and {what}: set trainer.run_dir to another one"
-        )
+        where = "" if there == folder.absolute() else f" would be in {there}, and"
+        raise ValueError(f"the run's folder {folder}{where or ':'} {what}: set trainer.run_dir to another one")
 
 
 def _checkpoint_named(folder: Path) -> tuple[str, int]:

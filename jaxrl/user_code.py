@@ -47,7 +47,7 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
 def what_failed(error: BaseException) -> str:
     """What an error in a user's code says, in one line, and where it came about: `KeyError: 'x' (mine.py, line 6)`."""
     said = " ".join(f"{type(error).__name__}: {error}".split())
-    if isinstance(error, SyntaxError):  # says where itself
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():  # says where itself
         return said
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{said} ({Path(frame.filename).name}, line {frame.lineno})"

@@ -138,8 +138,9 @@ def write(splits: dict[str, list[dict[str, Any]]], out: Path, *, overwrite: bool
     check_out(out, overwrite=overwrite)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be made ({error}): name a folder that you may write") from error
+        raise ValueError(f"--out {out} cannot be written ({error}): name a folder that you may write") from error
     files = []
     for split, rows in splits.items():
         file = out / f"{split}.parquet"

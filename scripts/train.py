@@ -42,13 +42,16 @@ def main() -> None:
 
         try:
             trainer = Trainer(c, link)
-        except (ValueError, OSError, EngineLost) as error:
+        except (ValueError, EngineLost) as error:
             sys.exit(f"error: {error}")
+        except OSError as error:
+            sys.exit(f"error: {type(error).__name__}: {error}")
         try:
             trainer.fit()
         except (ValueError, OSError, RewardError, EngineLost) as error:
             log = trainer.folder / "logs" / f"process_{link.process_id}.log"
-            sys.exit(f"error: {error}" + (f" ({log} holds the traceback)" if log.exists() else ""))
+            kind = f"{type(error).__name__}: " if isinstance(error, OSError) else ""
+            sys.exit(f"error: {kind}{error}" + (f" ({log} holds the traceback)" if log.exists() else ""))
 
 
 if __name__ == "__main__":

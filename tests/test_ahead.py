@@ -72,7 +72,6 @@ def test_waiting_for_servers_to_answer_is_neither_publishing_nor_overlap(setting
     row = run(settings("served", **ONE_OFF | served | {"trainer__total_training_steps": 3}))[1]
     # Of the eight prompts four are asked at a time, so they take two seconds; training and publishing take less.
     assert row["timing_s/update_weights"] < row["timing_s/wait"]
-    assert row["perf/overlap_s"] + row["timing_s/wait"] == pytest.approx(row["timing_s/collect"])
     assert row["perf/overlap_s"] <= row["timing_s/step"] - row["timing_s/wait"]
 
 

@@ -114,7 +114,9 @@ def test_wrong_gsm8k_files_are_named(prepare_data, source, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(prepare_data, source, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--out .*file/out cannot be made \(.*\): name a folder that you may write"):
+    with pytest.raises(
+        ValueError, match=r"--out .*file/out cannot be written \(.*\): name a folder that you may write"
+    ):
         prepare_data.main(["gsm8k", "--source", str(source), "--out", str(tmp_path / "file" / "out")])
 
 

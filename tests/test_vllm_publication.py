@@ -123,6 +123,25 @@ def test_a_server_that_is_started_again_gets_the_weights_that_training_has_gone_
     assert not (engine.folder / "published").exists()
 
 
+@pytest.mark.parametrize("transport", ["auto", "shm"])
+def test_servers_of_a_container_with_little_shared_memory_read_from_the_disk(
+    engine_of, tmp_path, monkeypatch, transport
+):
+    monkeypatch.setattr("jaxrl.rollout.vllm_engine.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(2, 1, 1))
+    engine = engine_of(python=stub_python(tmp_path), transport=transport)
+    if transport == "shm":
+        with pytest.raises(
+            ValueError, match=r"/dev/shm has 0.00 GB left, .* --shm-size\), or set rollout.vllm.transport"
+        ):
+            engine.update_weights(weights(engine, 1), 1)
+        return
+    for version in (1, 2):
+        engine.update_weights(weights(engine, version), version)
+        assert versions(engine) == {version}
+        assert [path.name.split("-")[0] for path in engine.folder.glob("published/*")][-1:] == [f"v{version}"]
+    assert not engine.pool.restarts
+
+
 def test_a_server_that_starts_while_a_version_is_published_finds_a_copy_of_it(engine_of, tmp_path):
     may_start = tmp_path / "may start"
     may_start.touch()

@@ -264,8 +264,8 @@ def test_a_server_that_fails_in_the_middle_is_started_again_and_gets_the_version
 
 
 @pytest.mark.parametrize("fault, words", [
-    ("stall", r"3 s \(rollout.vllm.load_timeout_s\) for it to take version 1|3 s for a portion of version 1"),
-    ("die", "the connection broke while it was asked for a portion of version 1"),
+    ("stall", r"3 s \(rollout.vllm.load_timeout_s\) for it to take version 1|3 s for a portion of new weights"),
+    ("die", "the connection broke while it was asked for a portion of new weights"),
 ])  # fmt: skip
 def test_a_server_that_fails_between_portions_is_started_again_and_gets_the_version(
     engine_of, tmp_path, caplog, monkeypatch, fault, words
@@ -324,6 +324,22 @@ def test_training_waits_for_a_server_that_is_being_sent_the_weights(engine_of, t
     assert versions(engine) == {2}
 
 
+def test_a_server_that_hangs_once_it_has_started_holds_up_no_step(engine_of):
+    """Of two that somebody else started, one answers what it is and nothing that its workers are asked."""
+    with closing(Stub()) as good, closing(Stub()) as hangs:
+        engine = engine_of(urls=(good.url, hangs.url), load_timeout_s=20.0, stall_timeout_s=3.0)
+        engine.update_weights(weights(engine, 1), 1)
+        both_serve(engine)
+        hangs.answers["jaxrl_ping"] = lambda _: time.sleep(30) or (200, {"results": [{}]})
+        hangs.answers["jaxrl_fits"] = hangs.answers["jaxrl_ping"]
+        lose(engine, 1)
+        started = time.monotonic()
+        for version in (2, 3):
+            engine.update_weights(weights(engine, version), version)
+            assert versions(engine) == {version}
+        assert time.monotonic() - started < 10.0
+
+
 def test_a_group_ends_with_its_server_and_with_the_engine(engine_of, tmp_path):
     engine = engine_of(python=stub_python(tmp_path))
     engine.update_weights(weights(engine, 1), 1)
@@ -375,7 +391,8 @@ def test_a_host_without_nccl_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_NCCL_SO_PATH", str(tmp_path / "none.so"))
     nccl.nccl.cache_clear()
     with pytest.raises(
-        ValueError, match="transport nccl needs NCCL: install the wheel nvidia-nccl-cu12 or -cu13, .*none.so"
+        ValueError,
+        match="transport nccl needs NCCL 2.14 or newer: install the wheel nvidia-nccl-cu12 or -cu13, .*none.so",
     ):
         nccl.version()
 
@@ -410,7 +427,9 @@ def test_settings_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ValueError, match="nccl wants vLLM on GPUs of its own .rollout.vllm.devices"):
         prepare_environment(from_dict(settings(devices=["0"])))
-    with pytest.raises(ValueError, match="ipc wants vLLM on the trainer's GPU, and it has its own: set it to nccl"):
+    with pytest.raises(
+        ValueError, match="ipc wants each vLLM on the trainer's first GPU, and one has another: set it to nccl"
+    ):
         prepare_environment(from_dict(settings(devices=["1"], transport="ipc")))
     with pytest.raises(ValueError, match="ipc is for servers that are started here, on the trainer's GPU"):
         from_dict(settings(python=None, urls=["http://h:1"], transport="ipc"))

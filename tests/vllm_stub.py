@@ -58,6 +58,7 @@ class Stub:
         self.dtype = "float32"
         self.received_tensors: dict[str, bytes] = {}
         self.num_portions = 0
+        self.announced: Any = None  # the manifest of what comes in portions
         self.draws = False  # tokens 5 and 6 by the seed, and not 5 alone
         self.answers: dict[str, Callable[[Any], Reply]] = {}
         self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
@@ -146,16 +147,16 @@ class Stub:
         self._buffer = OpenedBuffer(base64.b64decode(handle))
         return {}
 
-    def portion(self, manifest: Any, pieces: list[list[int]], is_first: bool) -> Any:
+    def portion(self, manifest: Any, pieces: list[list[int]]) -> Any:
         if "weights" in self.asleep:
             return {"broken": "there is no memory to load into"}
-        if is_first:
-            self.received_tensors = {}
+        if manifest is not None:
+            self.announced, self.received_tensors = manifest, {}
         self.num_portions += 1
         for number, start, place, size in pieces:
             data = ctypes.create_string_buffer(size)
             self._buffer.take(place, ctypes.addressof(data), size)
-            name = manifest["tensors"][number][0]
+            name = self.announced["tensors"][number][0]
             assert start == len(self.received_tensors.setdefault(name, b""))
             self.received_tensors[name] += data.raw
         return {}

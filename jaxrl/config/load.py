@@ -26,7 +26,7 @@ from .verl_names import VERL_NAMES
 _IN_YAML = {
     "tuple[str, ...]": "a list of texts, as [a, b]", "tuple[float, float]": "two numbers, as [0.9, 0.999]",
     "list[RewardFunction]": "a list, as [{name: exact_number}]", "dict[str, Any]": "keys and values, as {a: 1}",
-    "dict[str, str]": "keys and texts, as {A: b}",
+    "dict[str, str]": "keys and texts, as {A: b}", "MeshSection | None": "keys and values, as {fsdp: 2}",
 }  # fmt: skip
 
 
@@ -38,6 +38,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path} {found}: --config takes a YAML file such as configs/quickstart.yaml")
     try:
         given = OmegaConf.load(StringIO(_with_bands_as_text(path.read_text(encoding="utf-8"))))
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:  # OSError: the file holds one number or word
         raise ValueError(f"{path} is not a YAML file of sections: {' '.join(str(error).split())}") from None
     if not isinstance(given, DictConfig):
@@ -125,5 +127,6 @@ def _check_keys_and_types(cls: type, given: Any, where: str) -> None:
             try:
                 OmegaConf.merge(OmegaConf.structured(cls), {key: value})
             except (OmegaConfBaseException, TypeError):
-                wanted = cls.__annotations__[key]
-                raise ValueError(f"{where}{key} is {value!r} and must be {_IN_YAML.get(wanted, wanted)}") from None
+                wanted = str(cls.__annotations__[key])
+                wanted = (_IN_YAML.get(wanted) or wanted).replace(" | None", " or null")
+                raise ValueError(f"{where}{key} is {value!r} and must be {wanted}") from None

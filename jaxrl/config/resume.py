@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from .load import to_dict
 from .settings import Config
 
-# What a run may change when it goes on, beside its meshes and all of rollout.vllm: none of it changes the course of the
-# steps by more than rounding (but a schedule that falls over the run follows its new length).
+# What a run may change when it goes on, beside its meshes, validations and all of rollout.vllm: none of it changes the
+# course of the steps by more than rounding (but a schedule that falls over the run follows its new length).
 MAY_CHANGE = {
     "model.remat",
     "critic.remat",
@@ -44,7 +44,7 @@ MAY_CHANGE = {
     "rollout.max_probs_diff",
     "rollout.tensor_model_parallel_size",
 }
-MAY_CHANGE_WHOLLY = ("rollout.vllm", "mesh", "critic.mesh", "ref.mesh", "reward.model.mesh")  # fmt: skip
+MAY_CHANGE_WHOLLY = ("rollout.vllm", "rollout.val_kwargs", "mesh", "critic.mesh", "ref.mesh", "reward.model.mesh")  # fmt: skip
 
 
 def differences(c: Config, saved: Path) -> list[str]:
@@ -67,6 +67,10 @@ def differences(c: Config, saved: Path) -> list[str]:
 def _read(saved: Path) -> dict[str, Any]:
     try:
         found = OmegaConf.to_container(OmegaConf.load(saved))
+    except PermissionError as error:
+        raise ValueError(
+            f"{saved} cannot be read ({error.strerror}), so that nobody knows whose folder it is"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError):
         found = None
     if not isinstance(found, dict) or not found:

@@ -204,7 +204,7 @@ def table(plan: Plan) -> str:
     for p in plan.programs:
         numbers = " ".join(f"{x / 1e9:5.1f}" for x in (p.arguments, p.outputs, p.temporaries, p.host))
         lines.append(
-            f"{p.name:<17} {p.calls:>5} {numbers} {p.peak / 1e9:8.2f} |{p.flops / 1e12:6.0f} "
+            f"{p.name:<19} {p.calls:>5} {numbers} {p.peak / 1e9:8.2f} |{p.flops / 1e12:6.0f} "
             f"{(p.link_bytes + p.network_bytes) / 1e9:9.1f} {p.network_bytes / 1e9:8.1f} | {p.at_best:9.2f}  {p.bound}"
         )
     lines += ["", "sent by one device in a step, GB"]
@@ -213,7 +213,7 @@ def table(plan: Plan) -> str:
             f"{name} {size / 1e9:.1f}" for name, size in sorted(p.traffic.items(), key=lambda t: -t[1]) if size
         )
         if sent:
-            lines.append(f"  {p.name:<17} {sent}")
+            lines.append(f"  {p.name:<19} {sent}")
     lines += [
         f"{p.name} takes {p.fetched / 1e9:.1f} GB to each host, a tensor at a time, the largest of {p.outputs / 1e9:.2f} GB"
         for p in plan.programs

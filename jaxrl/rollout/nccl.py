@@ -63,9 +63,9 @@ def nccl() -> Any:
     """libnccl: VLLM_NCCL_SO_PATH (which vLLM reads too), that of the wheel that jax[cuda] installs, or the system's."""
     try:
         library = typed(ctypes.CDLL(_nccl_path()), FUNCTIONS)
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # AttributeError: it is older than 2.14
         raise ValueError(
-            "rollout.vllm.transport nccl needs NCCL: install the wheel nvidia-nccl-cu12 or -cu13, or name it in "
+            "rollout.vllm.transport nccl needs NCCL 2.14 or newer: install the wheel nvidia-nccl-cu12 or -cu13, or name it in "
             f"VLLM_NCCL_SO_PATH ({error})"
         ) from None
     library.ncclGetErrorString.restype = ctypes.c_char_p

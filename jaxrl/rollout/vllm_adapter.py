@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .protocol import PIECE, Manifest, Refused, Tensor, check_export, check_layout, read_layout
+from .protocol import PIECE, Manifest, Refused, check_export, check_layout, read_layout
 
 if TYPE_CHECKING:
     from .cuda import OpenedBuffer
@@ -380,7 +380,10 @@ class Worker:
     update_weights: Any
     finish_weight_update: Any
     _jaxrl_buffer: OpenedBuffer
+    _jaxrl_announced: Manifest  # what is coming in portions
     _jaxrl_tensor: Any  # that is being put together
+    _jaxrl_wanted: set[str]  # parameters that have got nothing so far
+    _jaxrl_broke_off = False  # in the middle of a version that came from device to device
 
     def jaxrl_ping(self) -> dict[str, Any]:
         return {"alive": True}
@@ -404,6 +407,8 @@ class Worker:
     def jaxrl_fits(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Looks at a version that will come from device to device, without touching the model."""
         announced = Manifest.from_json(manifest)
+        if self._jaxrl_broke_off:  # vLLM counts what it got of that version into the next
+            return {"refused": "a version broke off in the middle, and nothing mends the model: start the server again"}
         try:
             if (layout := read_layout(Path(os.environ["JAXRL_MODEL"]))) is not None:
                 check_layout(f"version {announced.version} of the weights", announced, layout)
@@ -451,13 +456,21 @@ class Worker:
     def _jaxrl_take(self, announced: Manifest) -> None:
         from vllm.config import set_current_vllm_config
 
-        self.start_weight_update()
-        self.update_weights({
-            "names": [t.name for t in announced.tensors],
-            "dtype_names": [TORCH_NAMES[t.dtype] for t in announced.tensors],
-            "shapes": [list(t.shape) for t in announced.tensors],
-        })  # fmt: skip
+        model = self.model_runner.get_model()
+        load_weights = model.load_weights
+        self._jaxrl_begin(model)
+        model.load_weights = lambda tensors: self._jaxrl_hand(load_weights, tensors)  # vLLM drops what it returns
+        try:
+            self.start_weight_update()
+            self.update_weights({
+                "names": [t.name for t in announced.tensors],
+                "dtype_names": [TORCH_NAMES[t.dtype] for t in announced.tensors],
+                "shapes": [list(t.shape) for t in announced.tensors],
+            })  # fmt: skip
+        finally:
+            del model.load_weights
         self.finish_weight_update()
+        self._jaxrl_end()
         with set_current_vllm_config(self.vllm_config):
             _refresh_tied_head(self.model_runner.get_model())
 
@@ -469,32 +482,35 @@ class Worker:
         self._jaxrl_buffer = OpenedBuffer(base64.b64decode(handle))
         return {}
 
-    def jaxrl_portion(self, manifest: dict[str, Any], pieces: list[list[int]], is_first: bool) -> dict[str, Any]:
-        """Takes what the buffer holds now: of each piece the number of its tensor, place there, place in the buffer, bytes."""
+    def jaxrl_portion(self, manifest: dict[str, Any] | None, pieces: list[list[int]]) -> dict[str, Any]:
+        """Takes what the buffer holds now: of each piece the number of its tensor, place there, place in the buffer, bytes.
+        The first portion of a version brings its manifest."""
         try:
-            self._jaxrl_take_portion(Manifest.from_json(manifest).tensors, pieces, is_first)
+            self._jaxrl_take_portion(manifest, pieces)
         except Exception as error:
             return {"broken": f"{type(error).__name__}: {error}"}
         return {}
 
-    def _jaxrl_take_portion(self, tensors: Sequence[Tensor], pieces: list[list[int]], is_first: bool) -> None:
+    def _jaxrl_take_portion(self, manifest: dict[str, Any] | None, pieces: list[list[int]]) -> None:
         import torch
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            if is_first:
+            if manifest is not None:
+                self._jaxrl_announced = Manifest.from_json(manifest)
+                self._jaxrl_begin(model)
                 initialize_layerwise_reload(model)
             for number, start, place, size in pieces:
-                tensor = tensors[number]
+                tensor = self._jaxrl_announced.tensors[number]
                 if start == 0:
                     dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
                     self._jaxrl_tensor = torch.empty(tensor.shape, dtype=dtype, device=self.device)
                     torch.accelerator.synchronize()  # its memory may be in use by what torch was asked before
                 self._jaxrl_buffer.take(place, self._jaxrl_tensor.data_ptr() + start, size)
                 if start + size == tensor.nbytes:
-                    model.load_weights([(tensor.name, self._jaxrl_tensor)])
+                    self._jaxrl_hand(model.load_weights, [(tensor.name, self._jaxrl_tensor)])
 
     def jaxrl_finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """After the last portion."""
@@ -509,6 +525,21 @@ class Worker:
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(model, self.model_config)
             _refresh_tied_head(model)
+        self._jaxrl_end()
+
+    # Of both: is a version whole?
+
+    def _jaxrl_begin(self, model: Any) -> None:
+        self._jaxrl_broke_off, self._jaxrl_wanted = True, {name for name, _ in model.named_parameters()}
+
+    def _jaxrl_hand(self, load_weights: Callable[[Any], Any], tensors: Any) -> None:
+        loaded = load_weights(tensors)
+        self._jaxrl_wanted = set() if loaded is None else self._jaxrl_wanted - set(loaded)
+
+    def _jaxrl_end(self) -> None:
+        if self._jaxrl_wanted:
+            raise ValueError(_got_nothing(self._jaxrl_wanted))
+        self._jaxrl_broke_off = False
 
     def _jaxrl_reload(self, path: Path) -> None:
         from safetensors import safe_open
@@ -527,7 +558,11 @@ class Worker:
             finalize_layerwise_reload(model, self.model_config)
             _refresh_tied_head(model)
         if loaded is not None and (missing := wanted - set(loaded)):
-            raise ValueError(f"{len(missing)} parameters of the model got nothing, the first is {min(missing)}")
+            raise ValueError(_got_nothing(missing))
+
+
+def _got_nothing(parameters: set[str]) -> str:
+    return f"{len(parameters)} parameters of the model got nothing, the first is {min(parameters)}"
 
 
 def _refresh_tied_head(model: Any) -> None:

@@ -137,10 +137,11 @@ class Client:
         encoded = base64.b64encode(handle).decode()
         _accepted(await self._rpc("jaxrl_open", encoded, what="a look into a buffer of the GPU"))
 
-    async def portion(self, manifest: Manifest, pieces: Sequence[Sequence[int]], *, is_first: bool) -> None:
-        """Let it take what the buffer holds: number of a tensor, place in it, place in the buffer, bytes."""
-        what = f"a portion of version {manifest.version} of the weights"
-        _accepted(await self._rpc("jaxrl_portion", manifest.to_json(), pieces, is_first, what=what))
+    async def portion(self, manifest: Manifest | None, pieces: Sequence[Sequence[int]]) -> None:
+        """Let it take what the buffer holds: number of a tensor, place in it, place in the buffer, bytes. The manifest
+        comes with the first portion."""
+        announced = None if manifest is None else manifest.to_json()
+        _accepted(await self._rpc("jaxrl_portion", announced, pieces, what="a portion of new weights"))
 
     async def finish(self, manifest: Manifest) -> dict[str, Any]:
         """As `load`, of what came in portions."""
@@ -214,7 +215,7 @@ class Client:
 
 
 def _part(name: str, answer: dict[str, Any], what: str) -> Any:
-    if name not in answer:
+    if not isinstance(answer, dict) or name not in answer:
         raise ServerLost(f"it was asked for {what} and answered nonsense")
     return answer[name]
 

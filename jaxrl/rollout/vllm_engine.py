@@ -14,7 +14,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,6 +69,7 @@ class VllmEngine:
         self._link = Link() if link is None else link
         self._publication: Publication | Transfer | None = None
         self._folders: dict[str, Path] = {}  # in which it lies, by transport
+        self._here = "shm"  # where a file for servers on this host lies: shm, or disk
         self._uploads: list[Server] = []  # to whom it is sent
         self._forgetting: threading.Thread | None = None
         self._probe_logprobs = jax.jit(partial(_probe_logprobs, config))
@@ -187,7 +188,7 @@ class VllmEngine:
     def sleep(self) -> None:
         """Servers on the trainer's devices give back their memory, and lose their weights, until the next version."""
         # One that was lost a moment ago starts and loads first. Process 0 decides: each may see other devices of its host.
-        with self._arrays_lent():
+        with self._arrays_lent() if self.sleeps else nullcontext():
             self._link.first("sleep of the servers", lambda: self._call(self.pool.sleep()) if self.sleeps else None)
 
     def close(self) -> None:
@@ -220,14 +221,24 @@ class VllmEngine:
 
     def _choose_ways(self, num_bytes: int) -> None:
         """In which folders the next version is written, and to whom it is uploaded from there."""
+        self._here = self._place_on_this_host(num_bytes)
         transports = self._call(self._transports())
         self._uploads = [s for s, name in transports.items() if name == "http" and s.state != STARTING]
-        names = set(transports.values()) - {"http"}
-        if not names:  # for uploads alone: in memory where two versions have room, else on the disk of the run
-            needed = num_bytes if "shm" in self._folders else 2 * num_bytes  # the version of now lies there already
-            has_room = _sees_shm() and shutil.disk_usage("/dev/shm").free > needed
-            names = {"shm" if has_room else "disk"}
+        names = set(transports.values()) - {"http"} or {self._here}
         self._folders = {name: self._parent(name) for name in names}
+
+    def _place_on_this_host(self, num_bytes: int) -> str:
+        """In memory where two versions have room (a container's /dev/shm is often of 64 MB), else on the disk of the run."""
+        needed = num_bytes if "shm" in self._folders else 2 * num_bytes  # the version of now lies there already
+        free = shutil.disk_usage("/dev/shm").free if _sees_shm() else 0
+        if free > needed:
+            return "shm"
+        if self.settings.transport == "shm":
+            raise ValueError(
+                f"/dev/shm has {free / 1e9:.2f} GB left, and two versions of the weights take {2 * num_bytes / 1e9:.2f} GB: "
+                "give the container more (docker's --shm-size), or set rollout.vllm.transport to auto"
+            )
+        return "disk"
 
     def _publish(self, export: Export, probe_logprobs: list[float]) -> None:
         before = self._publication
@@ -273,12 +284,12 @@ class VllmEngine:
         return found
 
     async def _transport(self, server: Server) -> str:
-        """As set, else shared memory where the server sees ours, else HTTP."""
+        """As set; else a file on this host where the server sees it, else HTTP."""
         if self.settings.transport != "auto":
             return self.settings.transport
         if server.process is not None:
-            return "shm"
-        if not _sees_shm():
+            return self._here
+        if self._here != "shm":
             return "http"
         assert server.client is not None
         return "shm" if await server.client.sees(str(self._parent("shm"))) else "http"

@@ -219,21 +219,33 @@ class Pool:
 
     async def _catch_up(self, server: Server) -> None:
         """Load the weights of now. Raises Refused for those that it alone refuses."""
-        while not self._may_catch_up.is_set():
+        while True:
             await self._may_catch_up.wait()
+            await self._answers(server)  # else `hold` would wait for one that hangs
+            if self._may_catch_up.is_set():
+                break
         publication = self.current
         assert publication is not None
         self._catching_up += 1
         try:
+            await self.tell()
             await self._load(server, publication)
         except Refused:
             async with self._installing:
                 if self.current is publication:
                     raise
         finally:
-            async with self._changed:
-                self._catching_up -= 1
-                self._changed.notify_all()
+            self._catching_up -= 1
+            await self.tell()
+
+    async def _answers(self, server: Server) -> None:
+        """Raises ServerLost where its workers give no sign of life."""
+        assert server.client is not None
+        limit_s = self.settings.stall_timeout_s
+        try:
+            await asyncio.wait_for(server.client.ping(), limit_s)
+        except TimeoutError:
+            raise ServerLost(f"it has started and gave no sign of life for {limit_s:.0f} s") from None
 
     async def _serves(self, server: Server) -> bool:
         """SERVING from now on, if it has the current weights."""

@@ -1,10 +1,10 @@
-"""One version of the weights that goes from the trainer's devices to those of the servers, and through no host.
+"""One version of the weights that goes from the trainer's devices to those of the servers, and through no file.
 
 A server is asked whether the version fits, then it receives tensor after tensor while this side makes each, whole and
 in the server's dtype, on its first device: by NCCL, in a group with the workers of the server (nccl.py), or on the same
 device through a buffer that both see (cuda.py); either is made at a server's first load after each start. Nothing of the
 version stays. A server that is started again is sent it anew from the trainer's arrays, as long as these are lent: while
-the engine answers or takes new weights (`Pool.hold`).
+the engine answers, takes new weights or goes to sleep (`Pool.hold`).
 """
 
 from __future__ import annotations
@@ -93,14 +93,10 @@ class Group:
                 if part.done():
                     part.result()
             return asked.result()
-        except BaseException as error:
+        except BaseException:
             asked.cancel()
             await asyncio.gather(asked, self.end(), asyncio.wait({done}, timeout=ABORT_S), return_exceptions=True)
-            if isinstance(error, nccl.NcclError | cuda.CudaError):
-                raise ServerLost(str(error)) from None
             raise
-        finally:
-            _ = done.cancel() or done.exception()  # nobody asks for it any more
 
     async def end(self) -> None:
         await asyncio.wait({_beside(self.communicator.abort)}, timeout=ABORT_S)
@@ -143,7 +139,10 @@ class Transfer:
     async def load(self, server: Server) -> dict[str, Any]:
         assert server.client is not None
         await server.client.fits(self.manifest)
-        answer = await self._send(server, server.client)
+        try:
+            answer = await self._send(server, server.client)
+        except (nccl.NcclError, cuda.CudaError) as error:
+            raise ServerLost(str(error)) from None
         self.num_bytes += self.manifest.nbytes
         return answer
 
@@ -178,9 +177,10 @@ class ByNccl(Transfer):
     def _broadcast(self, communicator: nccl.Communicator) -> None:
         """Each tensor is made while the one before it is on its way."""
         communicator.begin(self._devices.timeout_s)
-        what, on_its_way = "the server to begin", None
+        what, on_its_way = "", None
         for tensor, array in self._whole():
-            communicator.wait(what)
+            if on_its_way is not None:
+                communicator.wait(what)
             what, on_its_way = f"the server to take {tensor.name} of version {self.manifest.version}", array
             communicator.broadcast(array.unsafe_buffer_pointer(), array.size, tensor.dtype, what)
         communicator.wait(what)
@@ -204,13 +204,13 @@ class ByIpc(Transfer):
         shared = server.channel
         if shared is None:
             device = self._devices.first.local_hardware_id
-            buffer = await _beside(lambda: cuda.SharedBuffer(cuda.Context(device), PORTION))
+            buffer = await _to_its_end(_beside(lambda: cuda.SharedBuffer(cuda.Context(device), PORTION)))
             shared = server.channel = Shared(buffer)
             await client.open(buffer.handle)
         assert isinstance(shared, Shared)
         portions, is_first = self._portions(shared.buffer), True
-        while (pieces := await _beside(lambda: next(portions, None))) is not None:
-            await client.portion(self.manifest, pieces, is_first=is_first)
+        while (pieces := await _to_its_end(_beside(lambda: next(portions, None)))) is not None:
+            await client.portion(self.manifest if is_first else None, pieces)
             is_first = False
         return await client.finish(self.manifest)
 
@@ -247,8 +247,17 @@ def _looked_at(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (h ^ (h >> 16)).sum(dtype=jnp.uint32), jnp.isfinite(x).all()
 
 
+async def _to_its_end(done: asyncio.Future[T]) -> T:
+    """The result; where it is no longer wanted, when the thread works on no array any more."""
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await asyncio.wait({done}, timeout=ABORT_S)
+        raise
+
+
 def _beside(work: Callable[[], T]) -> asyncio.Future[T]:
-    """In a thread that does not hold up the end of the program: whatever NCCL does, nobody waits for it for ever."""
+    """In a thread that does not hold up the end of the program: whatever a GPU does, nobody waits for it for ever."""
     done: Future[T] = Future()
     done.set_running_or_notify_cancel()
 
@@ -258,8 +267,10 @@ def _beside(work: Callable[[], T]) -> asyncio.Future[T]:
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="nccl").start()
-    return asyncio.wrap_future(done)
+    threading.Thread(target=run, daemon=True, name="transfer").start()
+    result = asyncio.wrap_future(done)
+    result.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever asks gets it
+    return result
 
 
 TRANSFERS = {"nccl": ByNccl, "ipc": ByIpc}
