@@ -460,10 +460,8 @@ class Trainer:
             e = self.collector.held_out(prompts, greedy=greedy)
             self._log(samples, step, name, e)
             found = _validation_metrics(e)
-            if (
-                not greedy
-            ):  # mean@1 of several samples is of those that have a number; beside greedy answers it is theirs
-                found = {key: x for key, x in found.items() if not key.endswith("/mean@1") or len(validations) == 1}
+            if len(validations) > 1 and not greedy:  # of samples, mean@1 is of prompts where one alone has that number
+                found = {key: x for key, x in found.items() if not key.endswith("/mean@1")}
             metrics |= found
             errors += sum(score.error is not None for score in e.scores)
         return metrics | {"val-aux/reward_errors": errors}

@@ -384,6 +384,7 @@ def test_a_run_from_before_a_setting_was_there_goes_on(file, tmp_path):
     tree["critic"] |= {"ppo_epochs": 1, "loss_agg_mode": "token-mean"}  # what None stands for
     saved.write_text(yaml.safe_dump(tree))
     assert differences(c, saved) == []
+    assert differences(load(file, ["rollout.val_kwargs={n: 8, temperature: 1.0, greedy: true}"]), saved) == []
     assert differences(load(file, ["actor.param_dtype=bfloat16"]), saved) == [
         "actor.param_dtype was 'float32' and is 'bfloat16'"
     ]

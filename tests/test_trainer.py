@@ -270,9 +270,18 @@ def test_a_sample_whose_reward_failed_counts_as_wrong_and_is_counted(settings, t
         assert row["val-core/sums/acc/maj@2/mean"] == 0.5
 
 
+SOMETIMES = """
+def graded(solution_str):
+    return {"score": solution_str.count("a") / 6} | ({"digits": 1.0} if solution_str[:1] in "0123456789" else {})
+"""
+
+
 def test_a_validation_that_samples_and_answers_greedily_gives_the_numbers_of_either(settings, tmp_path):
+    (tmp_path / "sometimes.py").write_text(SOMETIMES)
+    reward = {"functions": [{"name": f"{tmp_path}/sometimes.py:graded"}]}
+
     def validate(name: str, **val_kwargs) -> tuple[dict, list[dict]]:
-        trainer = Trainer(from_dict(settings(name, rollout={"val_kwargs": val_kwargs})), trains=False)
+        trainer = Trainer(from_dict(settings(name, rollout={"val_kwargs": val_kwargs}, reward=reward)), trains=False)
         run = Run(tmp_path / name, "project", name, {}, epochs=1, steps=1, first_step=0)
         with closing(trainer.engine), trainer.scorer, closing(Samples(run)) as samples:
             trainer.engine.update_weights(trainer.roles.actor_variables(), 0)
@@ -282,7 +291,9 @@ def test_a_validation_that_samples_and_answers_greedily_gives_the_numbers_of_eit
     greedy, greedy_rows = validate("greedy")
     sampled, sampled_rows = validate("sampled", n=4, temperature=1.0)
     both, rows = validate("both", n=4, temperature=1.0, greedy=True)
-    assert both == greedy | sampled
+    of_few = "val-aux/sums/digits/mean@1"  # of samples: of prompts where one in four begins with a digit
+    assert of_few in sampled and both.get(of_few) == greedy.get(of_few)
+    assert both == {key: x for key, x in sampled.items() if key != of_few} | greedy
     name = "val-core/sums/reward"
     assert both[f"{name}/best@4/mean"] > both[f"{name}/mean@4"] != both[f"{name}/mean@1"]
     assert rows == sampled_rows + [row | {"split": "val_greedy"} for row in greedy_rows]

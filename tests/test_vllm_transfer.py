@@ -377,6 +377,20 @@ def test_a_server_that_was_not_started_for_nccl_is_refused_with_what_it_lacks():
     assert json.loads(line[line.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
 
 
+def test_a_server_on_which_a_version_broke_off_takes_no_other(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXRL_MODEL", str(tmp_path))
+    worker, manifest = Worker(), {"run": "run", "version": 1, "tensors": []}
+    assert worker.jaxrl_fits(manifest) == {}
+    worker._jaxrl_begin(SimpleNamespace(named_parameters=lambda: [("weight", None), ("bias", None)]))
+    worker._jaxrl_hand(lambda tensors: {"weight"}, [("weight", None)])
+    with pytest.raises(ValueError, match="1 parameters of the model got nothing, the first is bias"):
+        worker._jaxrl_end()
+    assert "start the server again" in worker.jaxrl_fits(manifest)["refused"]
+    worker._jaxrl_hand(lambda tensors: {"bias"}, [("bias", None)])
+    worker._jaxrl_end()
+    assert worker.jaxrl_fits(manifest) == {}
+
+
 @pytest.mark.skipif(find_library("cuda") is not None, reason="this host has a driver for NVIDIA's GPUs")
 def test_a_host_without_a_gpu_is_said():
     # Another process: this one may have been given the stand-in.
