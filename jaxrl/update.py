@@ -7,6 +7,7 @@ adds up their gradients, so one program serves any number of micro-batches. Loss
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -145,7 +146,7 @@ def _values(config: ModelConfig, variables: Tree, rows: PackedRows) -> Array:
     return decoder.score(config, variables["params"], picked)[..., 0]
 
 
-class Programs:
+class Programs(ABC):
     """The compiled programs of one role on one mesh: what actor and critic have in common."""
 
     Targets: type  # what its loss needs at each target
@@ -231,9 +232,9 @@ class Programs:
         residual = jax.tree.map(lambda new, old: jnp.where(finite, new, old), residual, state.residual)
         return TrainState(trained, opt_state, residual), measured._asdict() | {"grad_norm": grad_norm}
 
+    @abstractmethod
     def _token_losses(self, trained, frozen, rows, targets, num_slots) -> tuple[Array, Measured]:
         """The loss of a micro-batch, and what it measures."""
-        raise NotImplementedError
 
 
 class Policy(Programs):

@@ -236,7 +236,7 @@ static void *map(const char *name, size_t *size) {
 int cuMemAlloc_v2(void **address, size_t size) {
   static int num;
   int i = num++ % 64;
-  snprintf(shared[i].name, 64, "/tmp/jaxrl-stand-in-%d-%d", getpid(), num);
+  snprintf(shared[i].name, 64, P_tmpdir "/jaxrl-stand-in-%d-%d", getpid(), num);
   *address = shared[i].at = map(shared[i].name, &size);
   shared[i].size = size;
   return current && *address != MAP_FAILED ? 0 : 2;

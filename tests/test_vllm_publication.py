@@ -94,6 +94,12 @@ def lose(engine: VllmEngine, i: int) -> None:
     engine._call(engine.pool.lost(server, server.gone, "for the test"))
 
 
+def spoilt(variables: dict, wrong: float) -> dict:
+    norm = variables["params"]["norm"]
+    norm["scale"] = norm["scale"].at[3].set(wrong)
+    return variables
+
+
 def assert_has(stub: Stub, variables: dict) -> None:
     (data,) = stub.uploads.values()
     found = load_safetensors(data)
@@ -186,12 +192,10 @@ def test_weights_that_went_wrong_are_refused_before_a_server_hears_of_them(stubs
     ready(engine)
     engine.update_weights(weights(engine, 1), 1)
     for wrong in (np.nan, -np.inf):
-        broken = weights(engine, 2)
-        broken["params"]["norm"]["scale"] = broken["params"]["norm"]["scale"].at[3].set(wrong)
         with pytest.raises(
             ValueError, match="version 2 of the weights has NaN or infinity in model.norm.weight: training"
         ):
-            engine.update_weights(broken, 2)
+            engine.update_weights(spoilt(weights(engine, 2), wrong), 2)
     assert versions(engine) == {1} and engine.pool.loads == 1
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_vllm_publication import MODEL, all_serve, lose, until, versions
+from test_vllm_publication import MODEL, all_serve, lose, spoilt, until, versions
 from vllm_stub import Stub, stub_python
 
 import jaxrl
@@ -213,12 +213,10 @@ def test_weights_that_went_wrong_are_refused_before_a_server_hears_of_them(engin
     engine = engine_of(urls=(stub.url,))
     engine.update_weights(weights(engine, 1), 1)
     for wrong in (np.nan, -np.inf):
-        broken = weights(engine, 2)
-        broken["params"]["norm"]["scale"] = broken["params"]["norm"]["scale"].at[3].set(wrong)
         with pytest.raises(
             Refused, match="version 2 of the weights has NaN or infinity in model.norm.weight: training"
         ):
-            engine.update_weights(broken, 2)
+            engine.update_weights(spoilt(weights(engine, 2), wrong), 2)
     assert stub.loaded == ["1"] and versions(engine) == {1}
 
 

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .vllm_adapter import ServerSpec, explain
@@ -124,14 +125,10 @@ class ServerProcess:
         watchdog, self._watchdog = self._watchdog, None
         assert watchdog.stdin is not None
         watchdog.stdin.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):  # it is stopped, or stuck
             watchdog.wait(PATIENCE_S + 3.0)
-        except subprocess.TimeoutExpired:
-            pass  # stopped, or stuck
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(watchdog.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         watchdog.wait()
         shutil.rmtree(self._scratch, ignore_errors=True)
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -112,7 +113,7 @@ class Shared:
         await asyncio.wait({_beside(self.buffer.free)}, timeout=ABORT_S)
 
 
-class Transfer:
+class Transfer(ABC):
     """`variables` on the devices as one version, in `dtype`. Raises Refused where there is NaN or infinity among them."""
 
     is_adapter = False
@@ -133,7 +134,7 @@ class Transfer:
         self.manifest = Manifest(run, version, tuple(tensors))
         self.label = self.manifest.label
 
-    async def place(self, server: Server) -> None:
+    async def place(self, server: Server) -> None:  # noqa: B027 - that it does nothing is the point
         """Nothing lies anywhere before the load."""
 
     async def load(self, server: Server) -> dict[str, Any]:
@@ -146,11 +147,12 @@ class Transfer:
         self.num_bytes += self.manifest.nbytes
         return answer
 
-    def anew(self, server: Server) -> None:
+    def anew(self, server: Server) -> None:  # noqa: B027
         """It is sent at every load."""
 
+    @abstractmethod
     async def _send(self, server: Server, client: Client) -> dict[str, Any]:
-        raise NotImplementedError
+        """Bring all tensors to a server that wants them; what it says of the load."""
 
     def _tensors(self) -> Iterator[tuple[str, jax.Array]]:
         v = self._variables
