@@ -666,6 +666,8 @@ def test_two_servers_share_the_work_take_the_weights_of_now_and_stand_in_for_eac
             engine._call(engine.pool._probe(server, engine._publication))
         begun.clear()
         drawing = beside.submit(engine.generate, prompts, sampling, seed=0, report=report)
+        until(lambda: servers[0].in_flight > 0)
+        os.killpg(servers[0].process.pid, signal.SIGSTOP)  # or it might answer everything before it is killed
         assert begun.wait(60.0)
         os.killpg(servers[0].process.pid, signal.SIGKILL)
         rollouts = drawing.result()
