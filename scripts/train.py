@@ -29,9 +29,10 @@ def main() -> None:
             console.setLevel(logging.ERROR)  # the first says it for all; each has its log file
         gpu_memory.prepare_environment(c)
         from jaxrl import distributed  # JAX starts only once the config holds together
-        from jaxrl.host_memory import keep_freed_memory
+        from jaxrl.host_memory import keep_freed_memory, use_huge_pages
 
-        keep_freed_memory()
+        if keep_freed_memory():
+            use_huge_pages()
         link = distributed.start(place, c)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -584,7 +584,7 @@ def test_the_script_prints_a_plan_as_json_for_devices_of_this_machine():
 
 def test_a_sweep_proposes_what_fits_and_offloads_only_where_it_must():
     topology = dataclasses.replace(described("cpu:2"), per_node=1)  # no tensor across nodes
-    small = dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, memory=1.9e6))
+    small = dataclasses.replace(topology, hardware=dataclasses.replace(topology.hardware, memory=1.95e6))
     found = sweep(config(), small)
     assert found == sorted(found, key=lambda choice: choice.plan.step_seconds_one_by_one)
     assert all(choice.plan.fits for choice in found)

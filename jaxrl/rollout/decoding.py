@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..models import decoder
 from ..models.attention import ATTENTION, Scoring, Where, scoring_of, softmax_weights
 from ..models.block import DecoderLayer
-from ..models.config import ModelConfig
+from ..models.config import ModelConfig, Rope
 from ..models.rope import Cossin, rope_cossin
 from ..offload import to_device
 from ..parallel import Program, num_row_shards, partition, replicated, rows_sharding, shardings
@@ -106,14 +106,16 @@ class Programs:
         positions = jnp.arange(T) - (T - lengths)[:, None]
         segments = (positions >= 0).astype(jnp.int32)
         positions = jnp.maximum(positions, 0)
-        where, cossins = Where(positions, segments, segments), _cossins(c, positions)
+        where, cossins = Where(positions, segments, segments), _cossins(c, weights, positions)
 
-        def attend(scoring: Scoring, q, k, v, sinks):
-            return ATTENTION[c.attention](q, k, v, where, scoring._replace(sinks=sinks)), (k, v)
+        def attend(layer: int, q, k, v, sinks):
+            scoring = scoring_of(c, layer)._replace(sinks=sinks)
+            attended = ATTENTION[c.attention](q, k, v, where, scoring)
+            return attended[:, -1:] if layer == c.num_layers - 1 else attended, (k, v)
 
         x, cache = self._embed(weights, tokens, positions), []
         for number, params in enumerate(weights["layers"]):
-            out: Any = self.layers[number].apply(params, x, cossins[number], partial(attend, scoring_of(c, number)))
+            out: Any = self.layers[number].apply(params, x, cossins[number], partial(attend, number))
             x, (k, v) = out
             cache.append((k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)))
         return x[:, -1], cache
@@ -163,7 +165,7 @@ class Programs:
             batch, cache = carry
             here = prompt_length + step + batch.taken - 1  # the column of the token drawn last
             positions = (here - batch.starts)[:, None]
-            cossins = _cossins(c, positions)
+            cossins = _cossins(c, weights, positions)
             mask = (columns >= batch.starts[:, None]) & (columns <= here)
             x, grown = self._embed(weights, batch.last[:, None], positions), []
             layers = zip(self.layers, weights["layers"], cossins, scorings, cache, strict=True)
@@ -188,7 +190,11 @@ class Programs:
 
 
 def _unstack(config: ModelConfig, variables: Tree) -> Tree:
-    """Per-layer arrays in the compute dtype; norms and the rest as they are. Copies all, the engine's own."""
+    """Per-layer arrays in the compute dtype; norms and the rest as they are. Copies all, the engine's own.
+
+    With them go the angles of every position: where a program computes them, XLA on a CPU does so anew in every layer
+    and for every head.
+    """
 
     variables = to_device(variables)
 
@@ -205,7 +211,11 @@ def _unstack(config: ModelConfig, variables: Tree) -> Tree:
             layers.append(
                 layer if packed is None else {**layer, "packed": jax.tree.map(lambda x, i=i: jnp.copy(x[i]), packed)}
             )
-    return {"layers": layers, "params": jax.tree.map(own, _outside_layers(config, variables["params"]))}
+    length = config.max_length or config.max_position
+    angles = partial(rope_cossin, head_dim=config.head_dim, positions=jnp.arange(length)[None], length=length)
+    cossins = [rope and tuple(x[0] for x in angles(rope)) for rope in _ropes(config)]
+    outside = jax.tree.map(own, _outside_layers(config, variables["params"]))
+    return {"layers": layers, "params": outside, "cossins": cossins}
 
 
 def _outside_layers(config: ModelConfig, params: Tree) -> Tree:
@@ -228,15 +238,20 @@ def _weight_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
         layer = {name: jax.tree.map(of_layer, tree[run.name]) for name, tree in trees.items() if run.name in tree}
         layers += [layer] * len(run.layers)
     outside = _outside_layers(config, trees["params"])
-    return {"layers": layers, "params": jax.tree.map(lambda s: over_tensor(s.spec), outside)}
+    cossins = [rope and (replicated(mesh), replicated(mesh)) for rope in _ropes(config)]
+    return {"layers": layers, "params": jax.tree.map(lambda s: over_tensor(s.spec), outside), "cossins": cossins}
 
 
-def _cossins(config: ModelConfig, positions: Int[Array, "B T"]) -> list[Cossin | None]:
+def _cossins(config: ModelConfig, weights: Tree, positions: Int[Array, "B T"]) -> list[Cossin | None]:
     """The angles of each layer; layers that are alike share them."""
-    ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
-    length = config.max_length or config.max_position
-    made = {rope: rope and rope_cossin(rope, config.head_dim, positions, length) for rope in dict.fromkeys(ropes)}
-    return [made[rope] for rope in ropes]
+    at = {rope: jax.tree.map(lambda table: table[positions], tables)
+          for rope, tables in zip(_ropes(config), weights["cossins"], strict=True)}  # fmt: skip
+    return [at[config.rope_of(layer)] for layer in range(config.num_layers)]
+
+
+def _ropes(config: ModelConfig) -> list[Rope | None]:
+    """Those of all layers, each once."""
+    return list(dict.fromkeys(config.rope_of(layer) for layer in range(config.num_layers)))
 
 
 def _attend_cache(keys, values, scoring: Scoring, mask, distance, column, q, k, v, sinks):

@@ -1,11 +1,12 @@
 """The embedded engine: prompts are read once, then a compiled loop draws tokens over a KV cache.
 
 Here is the part on the host: which prompts go together, where a response ends, and when those that are not done move
-into a smaller batch (as soon as it can be half as large) or a longer cache. The programs themselves are in
+into a smaller batch (as soon as they fit into it) or a longer cache. The programs themselves are in
 `decoding.py`. Their shapes come from a closed set, so a warm engine compiles nothing:
 
     prompts    a power of two a shard, of a length that is a multiple of BUCKET
-    sequences  a power of two a shard, from `max_num_seqs` down to SMALLEST in all
+    sequences  a power of two a shard, from `max_num_seqs` down to SMALLEST in all; and three quarters of the first batch,
+               as most of the time goes by before half of the responses are done
     columns    the prompt length + ROOM, twice that, four times ... up to max_tokens
 
 A shard is what `data` and `fsdp` split sequences into; one device is one shard.
@@ -117,7 +118,7 @@ class JaxEngine:
         room = min(ROOM, round_up(sampling.max_tokens, BUCKET))
         length = inputs[0].shape[2]
         batch, cache = self.programs.begin(self.weights, *inputs, np.uint32(seed % 2**32), rule, room=room)
-        filled = 0
+        filled, first = 0, len(owner)
         while True:
             taken, done = responses.add(owner, filled, batch)
             filled += taken
@@ -125,16 +126,15 @@ class JaxEngine:
                 report(int(responses.done.sum()), int(responses.lengths.sum()))
             if done.all():
                 return
-            while (half := self._half(done)) is not None:
-                local, kept = half
+            while (rows := self._rows_that_fit(done, first)) is not None:
+                local, kept = rows
                 batch, cache = self.programs.keep(batch, cache, put_rows(self.mesh, local))
                 owner, done = owner[kept], done[kept]
             limit = min(CHUNK, sampling.max_tokens - filled)
             if filled + limit > room:
                 room = min(2 * room, round_up(sampling.max_tokens, BUCKET))
                 cache = self.programs.lengthen(cache, columns=length + room)
-            size = len(owner)
-            leave = size // self.shards // 2 if self.can_shrink(size) else 0
+            leave = self.smaller(len(owner), first) // self.shards
             batch, cache = self.programs.decode(self.weights, batch, cache, rule, length, filled, limit, leave)
 
     def _inputs(self, prompts: Sequence[Prompt], sequences: np.ndarray, n: int):
@@ -170,9 +170,14 @@ class JaxEngine:
         sequences, room = self.padded(min(count, most)), round_up(sampling.max_tokens, BUCKET)
         return Largest(prompts, self.prompts_at_once(prompts, columns), columns, sequences, room)
 
-    def can_shrink(self, sequences: int) -> bool:
-        """Whether a batch of so many rows is halved when half of them are done."""
-        return sequences > max(SMALLEST, self.shards)
+    def smaller(self, sequences: int, first: int) -> int:
+        """The next smaller batch, of one that was `first` when it began; 0 where there is none."""
+        rows = sequences // self.shards
+        if sequences <= max(SMALLEST, self.shards):
+            return 0
+        if sequences == first and rows % 4 == 0:
+            return sequences // 4 * 3
+        return self.shards * _power_of_two(rows) // 2
 
     def deal(self, sequences: np.ndarray, n: int) -> np.ndarray:
         """[shards, rows]: which sequence sits where; -1 fills up. Prompts are dealt round, so that every shard has its
@@ -196,16 +201,15 @@ class JaxEngine:
     def prompts_at_once(self, num_prompts: int, columns: int) -> int:
         return min(num_prompts, self.shards << max(0, (PROMPT_TOKENS // columns).bit_length() - 1))
 
-    def _half(self, done: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """The rows of a batch of half the size that holds all which are not done, counted within the shard and in all.
-
-        None where there is no such batch, or it would be smaller than SMALLEST.
-        """
-        size = len(done) // self.shards
-        if not self.can_shrink(len(done)) or (~done).reshape(self.shards, size).sum(axis=1).max() > size // 2:
+    def _rows_that_fit(self, done: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Rows of the next smaller batch that are all which are not done, counted within the shard and in all. None where
+        they do not fit, or there is no such batch."""
+        done = done.reshape(self.shards, -1)
+        rows = self.smaller(done.size, first) // self.shards
+        if rows == 0 or (~done).sum(axis=1).max() > rows:
             return None
-        local = np.argsort(done.reshape(self.shards, size), axis=1, kind="stable")[:, : size // 2]
-        kept = local + np.arange(self.shards)[:, None] * size
+        local = np.argsort(done, axis=1, kind="stable")[:, :rows]
+        kept = local + np.arange(self.shards)[:, None] * done.shape[1]
         return local.reshape(-1).astype(np.int32), kept.reshape(-1)
 
 

@@ -56,8 +56,8 @@ def lower_largest(
             before *= 2
         lowered["lengthen"] = programs.lengthen.lower(_with_columns(cache, T + before), columns=T + longest)
         cache = _with_columns(cache, T + longest)
-    if engine.can_shrink(sequences):
-        lowered["keep"] = programs.keep.lower(batch, cache, by_rows(sequences // 2, dtype=np.int32))
+    if smaller := engine.smaller(sequences, sequences):
+        lowered["keep"] = programs.keep.lower(batch, cache, by_rows(smaller, dtype=np.int32))
     lowered["decode"] = programs.decode.lower(weights, batch, cache, rule, T, 1, CHUNK, 0)
     return lowered
 

@@ -46,9 +46,9 @@ def sample(
 
 def _draw(logits, uniform, rule: Rule):
     logits = keep(logits / rule.temperature, rule.top_k, rule.top_p)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    ids = inverse_cdf(jnp.exp(logits - normaliser[:, None]), uniform)
-    return ids, jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0] - normaliser
+    largest = logits.max(axis=-1)
+    ids, mass = inverse_cdf(jnp.exp(logits - largest[:, None]), uniform)
+    return ids, jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0] - largest - jnp.log(mass)
 
 
 def _most_likely(logits, uniform, rule: Rule):
@@ -59,19 +59,23 @@ def _most_likely(logits, uniform, rule: Rule):
     return ids, largest - jax.nn.logsumexp(logits, axis=-1)
 
 
-def inverse_cdf(probs: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The token in whose stretch of the cumulative distribution `uniform` falls: one random number a draw.
+def inverse_cdf(
+    weights: Float[Array, "B V"], uniform: Float[Array, "B"]
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """The token in whose stretch of the running sum of `weights` `uniform` falls, and the whole sum: one random number
+    a draw.
 
     In two levels, blocks and then words: a running sum over the whole vocabulary is the slowest part of sampling.
     """
-    B, V = probs.shape
-    blocks = jnp.pad(probs, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+    B, V = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
     mass = blocks.sum(axis=-1)
-    aim = uniform * mass.sum(axis=-1)
+    total = mass.sum(axis=-1)
+    aim = uniform * total
     block, before = _pick(mass, aim)
     words = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     word, _ = _pick(words, aim - before)
-    return block * BLOCK + word
+    return block * BLOCK + word, total
 
 
 def _pick(mass: Float[Array, "B X"], aim: Float[Array, "B"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
