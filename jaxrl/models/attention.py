@@ -126,11 +126,13 @@ def attention_xla(
     """softmax(scale q k') v with the softmax in float32."""
     R, T, N, H = q.shape
     K = k.shape[2]
-    q = q.reshape(R, T, K, N // K, H)
-    scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32)
+    # Heads first, in so many words: left to itself, XLA on a CPU transposes the scores.
+    q = q.reshape(R, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("rkgth,rksh->rkgts", q, k, preferred_element_type=jnp.float32)
     mask = visible(where.segments, where.prefixes)
     weights = softmax_weights(scores, mask, distances(where.positions), scoring).astype(v.dtype)
-    return jnp.einsum("rkgts,rskh->rtkgh", weights, v).reshape(R, T, N, H)
+    return jnp.einsum("rkgts,rksh->rkgth", weights, v).transpose(0, 3, 1, 2, 4).reshape(R, T, N, H)
 
 
 def attention_cudnn(q, k, v, where: Where, scoring: Scoring):

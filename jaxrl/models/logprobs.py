@@ -96,8 +96,11 @@ def _forward(hidden, stored_table, bias, columns, ids, num_slots, temperature, k
     def body(i, out):
         token = _slice(ids, i, chunk)
         logits = _logits(_take(hidden, _slice(columns, i, chunk)), table, bias, softcap) / temperature
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        entropy = lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1)
+        largest = logits.max(axis=-1)
+        weights = jnp.exp(logits - largest[..., None])
+        mass = weights.sum(axis=-1)
+        lse = largest + jnp.log(mass)
+        entropy = lse - (weights * logits).sum(axis=-1) / mass
         # A sum over the word axis rather than a gather: on a mesh that axis is split over `tensor`.
         chosen = jnp.arange(table.shape[0]) == token[..., None]
         logprob = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - lse

@@ -59,9 +59,7 @@ def _most_likely(logits, uniform, rule: Rule):
     return ids, largest - jax.nn.logsumexp(logits, axis=-1)
 
 
-def inverse_cdf(
-    weights: Float[Array, "B V"], uniform: Float[Array, "B"]
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+def inverse_cdf(weights: Float[Array, "B V"], uniform: Float[Array, "B"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """The token in whose stretch of the running sum of `weights` `uniform` falls, and the whole sum: one random number
     a draw.
 
