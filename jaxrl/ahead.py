@@ -8,6 +8,7 @@ with the new weights.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,10 +27,11 @@ Arrays = dict[str, np.ndarray]
 class Ahead:
     """Hands out the experience of each step up to `last`: with `ahead` before it is asked for, else when it is."""
 
-    def __init__(self, collect: Callable[[int, Progress], Experience], *, ahead: bool, last: int):
+    def __init__(self, collect: Callable[..., Experience], *, ahead: bool, last: int):
         self._collect, self._ahead, self._last = collect, ahead, last
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collect")
         self._pending: Future[Experience] | None = None
+        self._asked = threading.Event()  # the engine has the requests of what is pending
         self.ready: Experience | None = None  # of the next step, if it is there
 
     def take(self, step: int, progress: Progress, seconds: dict[str, float]) -> Experience:
@@ -40,8 +42,15 @@ class Ahead:
             experience = self._collect(step, progress)
             _add(seconds, experience.seconds)
         if self._ahead and step < self._last:
-            self._pending = self._thread.submit(self._collect, step + 1, progress)
+            self._asked.clear()
+            self._pending = self._thread.submit(self._collect, step + 1, progress, self._asked.set)
+            self._pending.add_done_callback(lambda _: self._asked.set())
         return experience
+
+    def wait_until_asked(self) -> None:
+        """Until the engine has the requests of what is collected: before it takes new weights, as they are for the old."""
+        if self._pending is not None:
+            self._asked.wait()
 
     def wait(self, seconds: dict[str, float], waited_s: float = 0.0) -> dict[str, float]:
         """Until the engine is idle, which was waited for `waited_s` before. `perf/overlap_s` is how long it worked while

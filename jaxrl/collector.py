@@ -67,12 +67,15 @@ class Collector:
         self.stop_ids, self.begins = stop_ids, begins
         self.needs_baselines = "baselines" in ingredients(config.algorithm)
 
-    def collect(self, step: int, progress: Progress) -> Experience:
-        """The experience of a step: the same for the same weights and position in the data, whenever it is asked for."""
+    def collect(self, step: int, progress: Progress, asked: Callable[[], None] = lambda: None) -> Experience:
+        """The experience of a step: the same for the same weights and position in the data, whenever it is asked for.
+
+        `asked` is called once the engine has the first requests.
+        """
         c, timer, seed = self.config, Timer(self.begins), self.config.trainer.seed * 1_000_003 + step
         sampling = self.sampling(c.rollout)
         with timer("collect"):
-            e = self._answered(next(self.loader), sampling, seed, progress, timer)
+            e = self._answered(next(self.loader), sampling, seed, progress, timer, asked)
             if c.algorithm.filter_groups.enable:
                 e = self._fill_up(e, sampling, seed, progress, timer)
             if self.needs_baselines:
@@ -110,9 +113,20 @@ class Collector:
         return replace(sampling, stop=r.stop, bad_words=r.bad_words, guided=r.guided)
 
     def _answered(
-        self, prompts: list[Prompt], sampling: Sampling, seed: int, progress: Progress, timer: Timer
+        self,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        seed: int,
+        progress: Progress,
+        timer: Timer,
+        asked: Callable[[], None] = lambda: None,
     ) -> Experience:
-        with timer("gen"), progress.generation(len(prompts) * sampling.n) as report:
+        with timer("gen"), progress.generation(len(prompts) * sampling.n) as show:
+
+            def report(num_finished: int, num_tokens: int) -> None:
+                asked()
+                show(num_finished, num_tokens)
+
             rollouts = self.generate(prompts, sampling, seed=seed, report=report)
         with timer("reward"):
             texts, scores = self.score(prompts, rollouts)

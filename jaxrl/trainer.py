@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -20,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from . import config as config_module
-from . import preemption
+from . import preemption, run_folder
 from .ahead import Ahead, empty_arrays
 from .algorithms.aggregation import AGGREGATIONS
 from .algorithms.choose import choose
@@ -99,7 +96,9 @@ class Trainer:
         self.folder = c.run_dir
         self.checkpoints = Checkpoints(self.folder / "checkpoints", max_to_keep=c.trainer.max_ckpt_to_keep)
         # Decided once: process 0 may begin to write before another one looks.
-        self.start: tuple[str, int] | None = self.link.first("where to start", self._where_to_start)
+        self.start: tuple[str, int] | None = self.link.first(
+            "where to start", lambda: run_folder.where_to_start(c, self.checkpoints.latest())
+        )
         self.source = open_model(c.model.path if model is None else model, c.model.lora_adapter_path)
         self.tokenizer = self._tokenizer(tokenizer)
         self.stop_ids = _stop_ids(self.tokenizer, self.source.generation_config)
@@ -153,35 +152,6 @@ class Trainer:
             undo.pop_all()
 
     # What is made at the start.
-
-    def _where_to_start(self) -> tuple[str, int] | None:
-        """The checkpoint to go on from: its folder's folder, and its step. Refuses a folder that holds another run."""
-        t = self.config.trainer
-        _check_can_be_written(self.folder)
-        saved = self.folder / "config.yaml"
-        other_name = "set trainer.experiment_name or trainer.run_dir to another name"
-        if saved.exists() and (changed := config_module.differences(self.config, saved)):
-            raise ValueError(f"{self.folder} holds a run with other settings ({'; '.join(changed[:3])}): {other_name}")
-        own, latest = self.folder / "checkpoints", self.checkpoints.latest()
-        path = Path(str(t.resume_from_path)).expanduser() if t.resume_mode == "resume_path" else None
-        goes_back = path is not None and path.parent.resolve() == own.resolve() and not self._went_back_to(path)
-        if t.resume_mode != "disable" and latest is not None and not goes_back:
-            return str(own), latest  # of a run that began from a path or went back to it, too
-        left = [
-            name for name in ("checkpoints", "metrics.jsonl", "samples.jsonl", "hf") if (self.folder / name).exists()
-        ]
-        if left and not goes_back and (t.resume_mode == "disable" or "hf" in left):
-            why = "trainer.resume_mode is disable" if latest is not None else "there is no checkpoint to go on from"
-            raise ValueError(f"{self.folder} already holds a run ({', '.join(left)}), and {why}: {other_name}")
-        return None if path is None else _checkpoint_named(path)
-
-    @property
-    def _back_file(self) -> Path:
-        """Holds the checkpoint of this run that it went back to: the same command goes on from there, not back again."""
-        return self.folder / "went_back_to.txt"
-
-    def _went_back_to(self, path: Path) -> bool:
-        return self._back_file.exists() and self._back_file.read_text() == str(path.resolve())
 
     def _tokenizer(self, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """The tokenizer that was handed over, which is then exported too, or the model's own."""
@@ -360,10 +330,7 @@ class Trainer:
         c = self.config
         first = 0 if self.start is None else self.start[1]
         if self.link.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            config_module.save(c, self.folder / "config.yaml")
-            if c.trainer.resume_mode == "resume_path":
-                self._back_file.write_text(str(Path(str(c.trainer.resume_from_path)).expanduser().resolve()))
+            run_folder.take(c)
         run = Run(self.folder, c.trainer.project_name, c.trainer.experiment_name, config_module.to_dict(c),
                   c.trainer.total_epochs, self.steps, first + 1 if first else 0)  # fmt: skip
         values, step, stop, saving = {}, first, False, Timer(self.link.at)
@@ -418,6 +385,8 @@ class Trainer:
             metrics = self.learner.step(step, e.prompts, e.rollouts, e.scores, e.baselines, timer)
             if not self.engine.answers_while_it_loads:
                 metrics |= self.ahead.wait(timer.seconds)
+            elif self.link.is_first:  # who asks for all, and says when the others publish
+                self.ahead.wait_until_asked()
             with timer("update_weights"):
                 self.engine.update_weights(self.roles.actor_variables(), step)
             timer.seconds["update_weights"] -= self.engine.waited_s
@@ -489,23 +458,6 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str
     named = generation_config.get("eos_token_id") or []
     stops = {named} if isinstance(named, int) else set(named)
     return tuple(sorted(stops if own is None else stops | {own}))
-
-
-def _check_can_be_written(folder: Path) -> None:
-    """Raises ValueError where the run's folder, which need not be there yet, could not be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "you may not write there" if there.is_dir() else "that is no folder"
-        where = "" if there == folder.absolute() else f" would be in {there}, and"
-        raise ValueError(f"the run's folder {folder}{where or ':'} {what}: set trainer.run_dir to another one")
-
-
-def _checkpoint_named(folder: Path) -> tuple[str, int]:
-    """The folder's folder and the step of trainer.resume_from_path."""
-    match = re.fullmatch(r"global_step_(\d+)", folder.name)
-    if not match or not folder.is_dir():
-        raise ValueError(f"trainer.resume_from_path {folder} is not a checkpoint folder global_step_<n>")
-    return str(folder.parent), int(match[1])
 
 
 def _validation_metrics(e: Experience) -> dict[str, float]:

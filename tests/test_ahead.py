@@ -1,6 +1,7 @@
 """One step off: what is trained on is one version old, never more; a killed run goes on with the samples it had."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,31 @@ def test_waiting_for_servers_to_answer_is_neither_publishing_nor_overlap(setting
     # Of the eight prompts four are asked at a time, so they take two seconds; training and publishing take less.
     assert row["timing_s/update_weights"] < row["timing_s/wait"]
     assert row["perf/overlap_s"] <= row["timing_s/step"] - row["timing_s/wait"]
+
+
+class LateLoader:
+    """Gives the prompts of the third step later than an update takes that compiles nothing."""
+
+    def __init__(self, loader):
+        self._loader, self._num_given = loader, 0
+
+    def __next__(self):
+        self._num_given += 1
+        time.sleep(6.0 if self._num_given == 3 else 0.0)
+        return next(self._loader)
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+
+def test_weights_are_not_published_before_the_engine_was_asked_for_answers_by_those_before(settings, tmp_path):  # noqa: F811
+    vllm = {"python": stub_python(tmp_path), "num_servers": 2, "probe_tolerance": 1e3}
+    served = {"rollout__engine": "vllm", "rollout__vllm": vllm}
+    trainer = Trainer(from_dict(settings("late", **ONE_OFF | served | {"trainer__total_training_steps": 3})))
+    trainer.collector.loader = LateLoader(trainer.collector.loader)
+    trainer.fit()
+    rows = metrics_of(trainer.folder)
+    assert [row["training/staleness"] for row in rows] == [0, 1, 1]
 
 
 def test_it_learns(settings):  # noqa: F811

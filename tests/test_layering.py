@@ -22,7 +22,7 @@ FLOORS = [
     {"user_code", "host_memory", "offload", "preemption", "cluster", "wire", "link", "launching"},
     {"config", "batch", "packing", "tasks", "progress", "algorithms", "rewards"},
     {"models", "parallel", "topology", "distributed", "sources", "data", "gpu_memory"},
-    {"weights", "rollout", "optimizer", "compression", "checkpoint", "metrics", "loggers"},
+    {"weights", "rollout", "optimizer", "compression", "checkpoint", "metrics", "loggers", "run_folder"},
     {"update", "prepare", "weights.sync"},
     {"rollout.vllm_engine", "rollout.vllm_publication", "rollout.vllm_transfer"},
     {"roles", "reward_model", "collector", "ahead", "doctor", "learner"},

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from ..batch import Prompt, Rollout
 
-Report = Callable[[int, int], None]  # (finished sequences, tokens so far)
+# (finished sequences, tokens so far). An engine that answers while it loads begins with (0, 0), when it has the requests.
+Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ async def answer(
     pool.unasked += len(jobs)
     results: list[tuple[Job, list[Answer], str] | None] = [None] * len(jobs)
     finished = tokens = 0
+    if report is not None:
+        report(0, 0)
 
     async def work() -> None:
         nonlocal finished, tokens
