@@ -2,8 +2,8 @@
 
 What is collected during step k is learned from in step k + 1. It comes from the weights that step k began with, so its
 samples are one version old, and never more: the engine takes new weights only between two steps. It does so after
-`wait`, or, where it can, when no request waits for it any more: what is asked after that, as another turn, is answered
-with the new weights.
+`wait`, or, where it can, when it has the requests and none of them waits any more: what is asked after that, as another
+turn, is answered with the new weights.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from .progress import Progress
 from .rewards import Score
 
 Arrays = dict[str, np.ndarray]
+Collect = Callable[[int, Progress, Callable[[], None]], Experience]  # `Collector.collect`
 
 
 class Ahead:
     """Hands out the experience of each step up to `last`: with `ahead` before it is asked for, else when it is."""
 
-    def __init__(self, collect: Callable[..., Experience], *, ahead: bool, last: int):
+    def __init__(self, collect: Collect, *, ahead: bool, last: int):
         self._collect, self._ahead, self._last = collect, ahead, last
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collect")
         self._pending: Future[Experience] | None = None
-        self._asked = threading.Event()  # the engine has the requests of what is pending
+        self._asked = threading.Event()  # set when the engine has the requests of what is pending
         self.ready: Experience | None = None  # of the next step, if it is there
 
     def take(self, step: int, progress: Progress, seconds: dict[str, float]) -> Experience:
@@ -39,18 +40,21 @@ class Ahead:
         assert self._pending is None, "take before wait"
         experience, self.ready = self.ready, None
         if experience is None:
-            experience = self._collect(step, progress)
+            experience = self._collect(step, progress, lambda: None)
             _add(seconds, experience.seconds)
         if self._ahead and step < self._last:
-            self._asked.clear()
-            self._pending = self._thread.submit(self._collect, step + 1, progress, self._asked.set)
-            self._pending.add_done_callback(lambda _: self._asked.set())
+            self._asked = asked = threading.Event()
+            self._pending = self._thread.submit(self._collect, step + 1, progress, asked.set)
+            self._pending.add_done_callback(lambda _: asked.set())
         return experience
 
-    def wait_until_asked(self) -> None:
-        """Until the engine has the requests of what is collected: before it takes new weights, as they are for the old."""
+    def wait_until_asked(self) -> float:
+        """Until the engine has the requests of what is collected: before it takes new weights, as they are for the old.
+        Returns the seconds that it took."""
+        start = time.perf_counter()
         if self._pending is not None:
             self._asked.wait()
+        return time.perf_counter() - start
 
     def wait(self, seconds: dict[str, float], waited_s: float = 0.0) -> dict[str, float]:
         """Until the engine is idle, which was waited for `waited_s` before. `perf/overlap_s` is how long it worked while

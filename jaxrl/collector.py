@@ -67,10 +67,10 @@ class Collector:
         self.stop_ids, self.begins = stop_ids, begins
         self.needs_baselines = "baselines" in ingredients(config.algorithm)
 
-    def collect(self, step: int, progress: Progress, asked: Callable[[], None] = lambda: None) -> Experience:
+    def collect(self, step: int, progress: Progress, asked: Callable[[], None]) -> Experience:
         """The experience of a step: the same for the same weights and position in the data, whenever it is asked for.
 
-        `asked` is called once the engine has the first requests.
+        `asked` is called, perhaps often, as soon as the engine reports anything: then it has the first requests.
         """
         c, timer, seed = self.config, Timer(self.begins), self.config.trainer.seed * 1_000_003 + step
         sampling = self.sampling(c.rollout)

@@ -8,40 +8,54 @@ And its pages are of 4 KB: reading weights by them, a step of decoding takes 5 t
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
+import resource
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 _MADV_HUGEPAGE = 14  # Linux's mman.h
-_HUGE = 2 << 20  # bytes of such a page on x86-64, and of most on arm64
+_MOST = 64 << 30  # bytes that lie on huge pages
+log = logging.getLogger(__name__)
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed blocks in this process for its next allocation. True where the C library is glibc and agreed."""
+    """Keep freed blocks in this process for its next allocation, and lay what is allocated from here on on huge pages.
+
+    True where the C library is glibc and agreed.
+    """
     if platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1}  # -1: never
-    return all([mallopt(option, value) == 1 for option, value in wanted.items()])
-
-
-def use_huge_pages() -> bool:
-    """Ask for pages of 2 MB under all that is allocated from here on. True where the kernel will give them.
-
-    After `keep_freed_memory`: a block as large as three quarters of the host's memory is allocated, marked and freed
-    without being touched. It stays with the process as addresses, which cost nothing, and what comes next lies there.
-    """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "madvise"):
-        return False
+    wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1}  # -1: never
+    kept = all([libc.mallopt(option, value) == 1 for option, value in wanted.items()])
+    if kept and _addresses_cost_nothing():
+        log.info("huge pages under what is allocated: %s", "asked for" if _ask_for_huge_pages(libc) else "refused")
+    return kept
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL) -> bool:
+    """A large block is allocated, marked and freed without being touched. It stays with the process as addresses, and what
+    comes next lies there. True where the kernel took the mark."""
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 * 3
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = min(os.sysconf("SC_PHYS_PAGES") * page // 4 * 3, _MOST)
     block = libc.malloc(size)
-    if block is None:  # where the process may not have so many addresses
+    if block is None:
         return False
-    first = -(-block // _HUGE) * _HUGE
-    marked = libc.madvise(first, (block + size - first) // _HUGE * _HUGE, _MADV_HUGEPAGE) == 0
+    first = -(-block // page) * page
+    marked = libc.madvise(first, (block + size - first) // page * page, _MADV_HUGEPAGE) == 0
     libc.free(block)
     return marked
+
+
+def _addresses_cost_nothing() -> bool:
+    """Not where they are limited (ulimit -v), counted as memory (strict overcommit) or written to by a malloc that tests."""
+    limits = [resource.getrlimit(what)[0] for what in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    overcommit = Path("/proc/sys/vm/overcommit_memory")
+    is_strict = overcommit.exists() and overcommit.read_text().strip() == "2"
+    own_malloc = "MALLOC_PERTURB_" in os.environ or "malloc" in os.environ.get("LD_PRELOAD", "")
+    return all(limit == resource.RLIM_INFINITY for limit in limits) and not is_strict and not own_malloc

@@ -9,32 +9,32 @@ from pathlib import Path
 from . import config as config_module
 from .config import Config
 
-OTHER_NAME = "set trainer.experiment_name or trainer.run_dir to another name"
-RESULTS = ("checkpoints", "metrics.jsonl", "samples.jsonl", "hf")
+_OTHER_NAME = "set trainer.experiment_name or trainer.run_dir to another name"
+_RESULTS = ("checkpoints", "metrics.jsonl", "samples.jsonl", "hf")
 
 
 def where_to_start(config: Config, latest: int | None) -> tuple[str, int] | None:
     """The checkpoint to go on from: its folder's folder, and its step. `latest` is the last of the run's own.
 
-    Raises ValueError where the folder holds another run, or cannot be written.
+    Raises ValueError where the folder holds another run or cannot be written, and where there is no such checkpoint.
     """
     t, folder = config.trainer, config.run_dir
     _check_can_be_written(folder)
     saved = folder / "config.yaml"
     if saved.exists() and (changed := config_module.differences(config, saved)):
-        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): {OTHER_NAME}")
+        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): {_OTHER_NAME}")
     own, path = folder / "checkpoints", _resume_path(config)
     goes_back = path is not None and path.parent.resolve() == own.resolve() and not _went_back_to(folder, path)
     if t.resume_mode != "disable" and latest is not None and not goes_back:
         return str(own), latest  # of a run that began from a path or went back to it, too
-    left = [name for name in RESULTS if (folder / name).exists()]
+    left = [name for name in _RESULTS if (folder / name).exists()]
     if left and not goes_back and (t.resume_mode == "disable" or "hf" in left):
         why = "trainer.resume_mode is disable" if latest is not None else "there is no checkpoint to go on from"
-        raise ValueError(f"{folder} already holds a run ({', '.join(left)}), and {why}: {OTHER_NAME}")
+        raise ValueError(f"{folder} already holds a run ({', '.join(left)}), and {why}: {_OTHER_NAME}")
     return None if path is None else _checkpoint_named(path)
 
 
-def take(config: Config) -> None:
+def claim(config: Config) -> None:
     """Make the folder this run's: from now on it knows the settings, and the checkpoint that it went back to."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     config_module.save(config, config.run_dir / "config.yaml")

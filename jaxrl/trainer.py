@@ -330,7 +330,7 @@ class Trainer:
         c = self.config
         first = 0 if self.start is None else self.start[1]
         if self.link.is_first:
-            run_folder.take(c)
+            run_folder.claim(c)
         run = Run(self.folder, c.trainer.project_name, c.trainer.experiment_name, config_module.to_dict(c),
                   c.trainer.total_epochs, self.steps, first + 1 if first else 0)  # fmt: skip
         values, step, stop, saving = {}, first, False, Timer(self.link.at)
@@ -383,14 +383,15 @@ class Trainer:
                 with timer("sleep"):
                     self.engine.sleep()
             metrics = self.learner.step(step, e.prompts, e.rollouts, e.scores, e.baselines, timer)
-            if not self.engine.answers_while_it_loads:
+            asked_s = 0.0
+            if self.engine.answers_while_it_loads:
+                asked_s = self.ahead.wait_until_asked()
+            else:
                 metrics |= self.ahead.wait(timer.seconds)
-            elif self.link.is_first:  # who asks for all, and says when the others publish
-                self.ahead.wait_until_asked()
             with timer("update_weights"):
                 self.engine.update_weights(self.roles.actor_variables(), step)
             timer.seconds["update_weights"] -= self.engine.waited_s
-            metrics |= self.ahead.wait(timer.seconds, self.engine.waited_s)
+            metrics |= self.ahead.wait(timer.seconds, asked_s + self.engine.waited_s)
         if self.val is not None and (is_last or (c.trainer.test_freq > 0 and step % c.trainer.test_freq == 0)):
             with timer("testing"):
                 metrics |= self.validate(step, samples)

@@ -29,18 +29,20 @@ def main() -> None:
             console.setLevel(logging.ERROR)  # the first says it for all; each has its log file
         gpu_memory.prepare_environment(c)
         from jaxrl import distributed  # JAX starts only once the config holds together
-        from jaxrl.host_memory import keep_freed_memory, use_huge_pages
 
-        if keep_freed_memory():
-            use_huge_pages()
         link = distributed.start(place, c)
     except ValueError as error:
         sys.exit(f"error: {error}")
     with link:
+        import jax
+
+        from jaxrl.host_memory import keep_freed_memory
         from jaxrl.rewards import RewardError
         from jaxrl.rollout.engine import EngineLost
         from jaxrl.trainer import Trainer
 
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
         try:
             trainer = Trainer(c, link)
         except (ValueError, EngineLost) as error:

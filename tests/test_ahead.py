@@ -1,6 +1,7 @@
 """One step off: what is trained on is one version old, never more; a killed run goes on with the samples it had."""
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -77,28 +78,43 @@ def test_waiting_for_servers_to_answer_is_neither_publishing_nor_overlap(setting
 
 
 class LateLoader:
-    """Gives the prompts of the third step later than an update takes that compiles nothing."""
+    """Gives the prompts of the third step once there was time to publish the weights of the second."""
 
-    def __init__(self, loader):
-        self._loader, self._num_given = loader, 0
+    def __init__(self, loader, has_trained: threading.Event):
+        self._loader, self._has_trained, self._num_given = loader, has_trained, 0
 
     def __next__(self):
         self._num_given += 1
-        time.sleep(6.0 if self._num_given == 3 else 0.0)
+        if self._num_given == 3:
+            assert self._has_trained.wait(60.0)
+            time.sleep(1.0)
         return next(self._loader)
 
     def __getattr__(self, name):
         return getattr(self._loader, name)
 
 
-def test_weights_are_not_published_before_the_engine_was_asked_for_answers_by_those_before(settings, tmp_path):  # noqa: F811
+def test_weights_are_not_published_before_the_engine_was_asked_for_answers_by_those_before(
+    settings, tmp_path, monkeypatch  # noqa: F811
+):  # fmt: skip
     vllm = {"python": stub_python(tmp_path), "num_servers": 2, "probe_tolerance": 1e3}
     served = {"rollout__engine": "vllm", "rollout__vllm": vllm}
     trainer = Trainer(from_dict(settings("late", **ONE_OFF | served | {"trainer__total_training_steps": 3})))
-    trainer.collector.loader = LateLoader(trainer.collector.loader)
+    has_trained, learn = threading.Event(), trainer.learner.step
+
+    def learn_and_tell(step, *args):
+        metrics = learn(step, *args)
+        if step == 2:
+            has_trained.set()
+        return metrics
+
+    monkeypatch.setattr(trainer.learner, "step", learn_and_tell)
+    trainer.collector.loader = LateLoader(trainer.collector.loader, has_trained)
     trainer.fit()
     rows = metrics_of(trainer.folder)
     assert [row["training/staleness"] for row in rows] == [0, 1, 1]
+    assert rows[1]["timing_s/wait"] >= 0.9  # and the second that was waited is no overlap
+    assert rows[1]["perf/overlap_s"] <= rows[1]["timing_s/step"] - rows[1]["timing_s/wait"]
 
 
 def test_it_learns(settings):  # noqa: F811

@@ -16,7 +16,7 @@ from .rope import Cossin
 class DecoderLayer(nn.Module):
     """Llama's layer and its relatives; `is_sparse` is a layer of experts.
 
-    Where `attend` answers for the last tokens alone, the layer does: nobody reads the others of the last layer.
+    Where `attend` answers for the last tokens alone, the rest of the layer goes on with these.
     """
 
     config: ModelConfig
@@ -39,16 +39,16 @@ class DecoderLayer(nn.Module):
         if c.parallel != "no":
             normed = self.input_layernorm(x)
             attended, extra = self.self_attn(normed, cossin, attend)
-            x, normed = _last(x, attended), _last(normed, attended)
+            x, normed = _tail(x, attended), _tail(normed, attended)
             return x + attended + self.mlp(
                 normed if c.parallel == "one_norm" else self.post_attention_layernorm(x)
             ), extra
         if c.norms == "after":
             attended, extra = self.self_attn(x, cossin, attend)
-            x = self.input_layernorm(_last(x, attended) + attended)
+            x = self.input_layernorm(_tail(x, attended) + attended)
             return self.post_attention_layernorm(x + self.mlp(x)), extra
         attended, extra = self.self_attn(x if c.norms == "output" else self.input_layernorm(x), cossin, attend)
-        x = self._add(_last(x, attended), attended, "attention_output_norm")
+        x = self._add(_tail(x, attended), attended, "attention_output_norm")
         out = self.mlp(x if c.norms == "output" else self.post_attention_layernorm(x))
         return self._add(x, out, "mlp_output_norm"), extra
 
@@ -60,5 +60,5 @@ class DecoderLayer(nn.Module):
         return x + (out if c.residual_scale == 1 else c.residual_scale * out)
 
 
-def _last(x: Array, attended: Array) -> Array:
+def _tail(x: Array, attended: Array) -> Array:
     return x[:, -attended.shape[1] :]

@@ -193,6 +193,11 @@ class ModelConfig:
         return self.embed_size or self.hidden_size
 
     @property
+    def context(self) -> int:
+        """The most tokens of a sequence."""
+        return self.max_length or self.max_position
+
+    @property
     def runs(self) -> tuple[Run, ...]:
         """The layers in groups of equal structure; nearly always one, `layers`."""
         kinds = [bool(self.num_experts) and layer not in self.dense_layers for layer in range(self.num_layers)]

@@ -171,9 +171,10 @@ class Decoder(nn.Module):
     def _layers(self, run: Run, x: Float[Array, "R T D"], where: Where) -> Float[Array, "R T D"]:
         """The layers of a run, scanned. Where they differ by numbers, these are inputs of the scan."""
         c = self.config
-        length = c.max_length or c.max_position
         ropes = list(dict.fromkeys(c.rope_of(layer) for layer in run.layers))
-        cossins = [None if rope is None else rope_cossin(rope, c.head_dim, where.positions, length) for rope in ropes]
+        cossins = [
+            None if rope is None else rope_cossin(rope, c.head_dim, where.positions, c.context) for rope in ropes
+        ]
         differing = _differing(c, run, ropes)
         if "rope" in differing:
             cossin = _stacked(cossins)

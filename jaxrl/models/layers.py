@@ -21,7 +21,7 @@ from .config import ModelConfig
 from .nf4 import Part, packed_parts, packed_product
 from .rope import Cossin, rotate
 
-# q [B T N H], k and v [B T K H], sinks [N] or None -> ([B T N H], extra)
+# q [B T N H], k and v [B T K H], sinks [N] or None -> ([B T N H], or of the last tokens alone, extra)
 Attend = Callable[[Array, Array, Array, Array | None], tuple[Array, Any]]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -24,7 +24,8 @@ Say = Callable[[str], None]
 REMATS = ("none", "dots", "full")
 OFFLOADS = ((), ("optimizer",), ("optimizer", "params"))
 UPDATES = ("update_critic", "update_actor")
-# With the updates, those whose peak decides. `keep` holds half a cache more than `decode`, which says the time.
+# With the updates, those whose peak decides. `keep` holds up to three quarters of a cache more than `decode`, which says
+# the time.
 OTHERS = tuple(f"{batch}/{program}" for batch in BATCHES for program in ("begin", "keep", "decode"))
 OTHERS += ("reward_model", "update_weights")
 

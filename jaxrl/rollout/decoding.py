@@ -111,6 +111,7 @@ class Programs:
         def attend(layer: int, q, k, v, sinks):
             scoring = scoring_of(c, layer)._replace(sinks=sinks)
             attended = ATTENTION[c.attention](q, k, v, where, scoring)
+            # Of the last layer nobody reads the other tokens: its MLP need not either.
             return attended[:, -1:] if layer == c.num_layers - 1 else attended, (k, v)
 
         x, cache = self._embed(weights, tokens, positions), []
@@ -192,8 +193,8 @@ class Programs:
 def _unstack(config: ModelConfig, variables: Tree) -> Tree:
     """Per-layer arrays in the compute dtype; norms and the rest as they are. Copies all, the engine's own.
 
-    With them go the angles of every position: where a program computes them, XLA on a CPU does so anew in every layer
-    and for every head.
+    With them go cosines and sines of every position, 8 bytes for each pair of features that turns (67 MB for 131,072
+    positions and heads of 128): where a program computes them, XLA on a CPU does so anew in every layer for every head.
     """
 
     variables = to_device(variables)
@@ -211,9 +212,9 @@ def _unstack(config: ModelConfig, variables: Tree) -> Tree:
             layers.append(
                 layer if packed is None else {**layer, "packed": jax.tree.map(lambda x, i=i: jnp.copy(x[i]), packed)}
             )
-    length = config.max_length or config.max_position
-    angles = partial(rope_cossin, head_dim=config.head_dim, positions=jnp.arange(length)[None], length=length)
-    cossins = [rope and tuple(x[0] for x in angles(rope)) for rope in _ropes(config)]
+    positions = jnp.arange(config.context)[None]
+    turns = partial(rope_cossin, head_dim=config.head_dim, positions=positions, length=config.context)
+    cossins = [rope and tuple(x[0] for x in turns(rope)) for rope in _ropes_once(config)]
     outside = jax.tree.map(own, _outside_layers(config, variables["params"]))
     return {"layers": layers, "params": outside, "cossins": cossins}
 
@@ -238,19 +239,19 @@ def _weight_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
         layer = {name: jax.tree.map(of_layer, tree[run.name]) for name, tree in trees.items() if run.name in tree}
         layers += [layer] * len(run.layers)
     outside = _outside_layers(config, trees["params"])
-    cossins = [rope and (replicated(mesh), replicated(mesh)) for rope in _ropes(config)]
+    cossins = [rope and (replicated(mesh), replicated(mesh)) for rope in _ropes_once(config)]
     return {"layers": layers, "params": jax.tree.map(lambda s: over_tensor(s.spec), outside), "cossins": cossins}
 
 
 def _cossins(config: ModelConfig, weights: Tree, positions: Int[Array, "B T"]) -> list[Cossin | None]:
     """The angles of each layer; layers that are alike share them."""
-    at = {rope: jax.tree.map(lambda table: table[positions], tables)
-          for rope, tables in zip(_ropes(config), weights["cossins"], strict=True)}  # fmt: skip
-    return [at[config.rope_of(layer)] for layer in range(config.num_layers)]
+    tables = dict(zip(_ropes_once(config), weights["cossins"], strict=True))
+    cossins = {rope: jax.tree.map(lambda table: table[positions], pair) for rope, pair in tables.items()}
+    return [cossins[config.rope_of(layer)] for layer in range(config.num_layers)]
 
 
-def _ropes(config: ModelConfig) -> list[Rope | None]:
-    """Those of all layers, each once."""
+def _ropes_once(config: ModelConfig) -> list[Rope | None]:
+    """Those of the layers, each once."""
     return list(dict.fromkeys(config.rope_of(layer) for layer in range(config.num_layers)))
 
 

@@ -5,8 +5,8 @@ into a smaller batch (as soon as they fit into it) or a longer cache. The progra
 `decoding.py`. Their shapes come from a closed set, so a warm engine compiles nothing:
 
     prompts    a power of two a shard, of a length that is a multiple of BUCKET
-    sequences  a power of two a shard, from `max_num_seqs` down to SMALLEST in all; and three quarters of the first batch,
-               as most of the time goes by before half of the responses are done
+    sequences  a power of two a shard, from `max_num_seqs` down to SMALLEST in all; and three quarters of the first batch
+               (where that is as many rows on every shard), as most time goes by before half of the responses are done
     columns    the prompt length + ROOM, twice that, four times ... up to max_tokens
 
 A shard is what `data` and `fsdp` split sequences into; one device is one shard.
@@ -97,7 +97,7 @@ class JaxEngine:
         sampling.refuse(("stop", "bad_words", "guided"), "jax")
         limits = np.array(sampling.max_tokens_each or [sampling.max_tokens] * len(prompts), np.int64)
         for prompt, limit in zip(prompts, limits, strict=True):
-            check_prompt(prompt, int(limit), context=self.config.max_position, vocab_size=self.config.vocab_size)
+            check_prompt(prompt, int(limit), context=self.config.context, vocab_size=self.config.vocab_size)
         responses = _Responses(np.repeat(limits, sampling.n))
         # Prompts of like length together: a batch is as long as its longest.
         order = sorted(range(len(prompts)), key=lambda p: len(prompts[p].token_ids))
@@ -118,7 +118,7 @@ class JaxEngine:
         room = min(ROOM, round_up(sampling.max_tokens, BUCKET))
         length = inputs[0].shape[2]
         batch, cache = self.programs.begin(self.weights, *inputs, np.uint32(seed % 2**32), rule, room=room)
-        filled, first = 0, len(owner)
+        filled, begun_with = 0, len(owner)
         while True:
             taken, done = responses.add(owner, filled, batch)
             filled += taken
@@ -126,7 +126,7 @@ class JaxEngine:
                 report(int(responses.done.sum()), int(responses.lengths.sum()))
             if done.all():
                 return
-            while (rows := self._rows_that_fit(done, first)) is not None:
+            while (rows := self._rows_that_fit(done, begun_with)) is not None:
                 local, kept = rows
                 batch, cache = self.programs.keep(batch, cache, put_rows(self.mesh, local))
                 owner, done = owner[kept], done[kept]
@@ -134,7 +134,7 @@ class JaxEngine:
             if filled + limit > room:
                 room = min(2 * room, round_up(sampling.max_tokens, BUCKET))
                 cache = self.programs.lengthen(cache, columns=length + room)
-            leave = self.smaller(len(owner), first) // self.shards
+            leave = self.smaller(len(owner), begun_with) // self.shards
             batch, cache = self.programs.decode(self.weights, batch, cache, rule, length, filled, limit, leave)
 
     def _inputs(self, prompts: Sequence[Prompt], sequences: np.ndarray, n: int):
@@ -170,12 +170,12 @@ class JaxEngine:
         sequences, room = self.padded(min(count, most)), round_up(sampling.max_tokens, BUCKET)
         return Largest(prompts, self.prompts_at_once(prompts, columns), columns, sequences, room)
 
-    def smaller(self, sequences: int, first: int) -> int:
-        """The next smaller batch, of one that was `first` when it began; 0 where there is none."""
+    def smaller(self, sequences: int, begun_with: int) -> int:
+        """The next smaller batch, of one that was `begun_with` at first; 0 where there is none."""
         rows = sequences // self.shards
         if sequences <= max(SMALLEST, self.shards):
             return 0
-        if sequences == first and rows % 4 == 0:
+        if sequences == begun_with and rows % 4 == 0:
             return sequences // 4 * 3
         return self.shards * _power_of_two(rows) // 2
 
@@ -201,11 +201,11 @@ class JaxEngine:
     def prompts_at_once(self, num_prompts: int, columns: int) -> int:
         return min(num_prompts, self.shards << max(0, (PROMPT_TOKENS // columns).bit_length() - 1))
 
-    def _rows_that_fit(self, done: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Rows of the next smaller batch that are all which are not done, counted within the shard and in all. None where
-        they do not fit, or there is no such batch."""
+    def _rows_that_fit(self, done: np.ndarray, begun_with: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The rows that go on in the next smaller batch: all that are not done, filled up with others; counted within the
+        shard and in all. None where they do not fit, or there is no such batch."""
         done = done.reshape(self.shards, -1)
-        rows = self.smaller(done.size, first) // self.shards
+        rows = self.smaller(done.size, begun_with) // self.shards
         if rows == 0 or (~done).sum(axis=1).max() > rows:
             return None
         local = np.argsort(done, axis=1, kind="stable")[:, :rows]

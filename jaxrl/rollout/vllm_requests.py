@@ -42,8 +42,6 @@ async def answer(
     pool.unasked += len(jobs)
     results: list[tuple[Job, list[Answer], str] | None] = [None] * len(jobs)
     finished = tokens = 0
-    if report is not None:
-        report(0, 0)
 
     async def work() -> None:
         nonlocal finished, tokens
@@ -60,6 +58,8 @@ async def answer(
     places = sum(max(1, _places(pool) // jobs[0].n) for _ in pool.servers)
     workers = [asyncio.ensure_future(work()) for _ in range(min(len(jobs), places))]
     try:
+        if report is not None:
+            report(0, 0)
         await asyncio.gather(*workers)
     finally:
         for worker in workers:

@@ -109,13 +109,12 @@ def load_jaxrl(setup: Setup) -> tuple[ModelConfig, Any, Any]:
     """Model, mesh of one device and parameters."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # torch shares the GPU
     from jaxrl.config import Model
-    from jaxrl.host_memory import keep_freed_memory, use_huge_pages
+    from jaxrl.host_memory import keep_freed_memory
     from jaxrl.parallel import make_mesh
     from jaxrl.roles import abstract_variables, load_base, model_config
     from jaxrl.weights.pretrained import open_pretrained
 
-    if keep_freed_memory():
-        use_huge_pages()
+    keep_freed_memory()
     model, source = Model(path=str(setup.source), compute_dtype=setup.dtype), open_pretrained(setup.source)
     config = model_config(model, source.hf_config, num_layers=setup.num_layers)
     mesh = make_mesh(1, 1, 1)
