@@ -69,10 +69,10 @@ def test_the_stale_samples_are_weighted_and_generation_overlaps_training(whole):
 
 
 def test_waiting_for_servers_to_answer_is_neither_publishing_nor_overlap(settings, tmp_path):  # noqa: F811
-    vllm = {"python": stub_python(tmp_path), "num_servers": 2, "env": {"PAUSE_S": "1.0"}, "probe_tolerance": 1e3}
+    vllm = {"python": stub_python(tmp_path), "num_servers": 2, "env": {"PAUSE_S": "2.0"}, "probe_tolerance": 1e3}
     served = {"rollout__engine": "vllm", "rollout__vllm": vllm, "rollout__max_num_seqs": 4}
     row = run(settings("served", **ONE_OFF | served | {"trainer__total_training_steps": 3}))[1]
-    # Of the eight prompts four are asked at a time, so they take two seconds; training and publishing take less.
+    # Of the eight prompts four are asked at a time, so they take four seconds; training and publishing take less.
     assert row["timing_s/update_weights"] < row["timing_s/wait"]
     assert row["perf/overlap_s"] <= row["timing_s/step"] - row["timing_s/wait"]
 
