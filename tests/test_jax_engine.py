@@ -382,6 +382,19 @@ def test_a_prompt_that_the_model_cannot_answer_is_refused_in_words(prompt, words
         engine_of().generate([*prompts_of(3), prompt], Sampling(20), seed=0)
 
 
+def test_what_is_longer_than_the_run_said_is_refused_and_what_is_as_long_is_answered_as_ever():
+    """The engine has the angles of so many positions and no more."""
+    config, variables = load(DATA / "qwen3", max_length=40)
+    engine = JaxEngine(config)
+    engine.update_weights(variables, 7)
+    (prompt,) = prompts_of(25)
+    with pytest.raises(ValueError, match="25 tokens, and with a response of up to 16 it is longer than .* 40"):
+        engine.generate([prompt], Sampling(16), seed=0)
+    (ours,), (usual,) = (e.generate([prompt], Sampling(15), seed=0) for e in (engine, engine_of()))
+    assert ours.token_ids.tolist() == usual.token_ids.tolist()
+    np.testing.assert_allclose(ours.logprobs, usual.logprobs, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_prompts, n, max_num_seqs", [(5, 1, 8), (13, 5, 8), (20, 3, 16), (3, 2, 64)])
 def test_the_largest_batch_is_that_of_the_largest_call_within_a_generation(num_prompts, n, max_num_seqs):
     config = ModelConfig.from_hf(load_hf_config(DATA / "qwen3"))
